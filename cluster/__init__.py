@@ -1,0 +1,1 @@
+"""The sweep on Ray: recipe → corpus → harvest → stream → exchange → fit → evaluate → publish."""
