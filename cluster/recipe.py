@@ -185,6 +185,11 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
         raise _explain(error) from error
     if recipe.train_sequences == 0 or recipe.heldout_sequences == 0:
         raise UserError("corpus.context", f"{recipe.corpus.context} tokens do not fit into train_tokens and heldout_tokens: lower it")
+    if recipe.stream.window_sequences % recipe.harvest.sequences:
+        raise UserError(
+            "stream.window_sequences", f"{recipe.stream.window_sequences} is no multiple of harvest.sequences "
+            f"({recipe.harvest.sequences}): a window holds whole forward passes",
+        )
     recipe.specs()
     return recipe
 

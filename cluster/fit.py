@@ -1,0 +1,184 @@
+"""Fit: the Ray Train job. Each rank trains the dictionaries of its own sites on all rows of the stream."""
+
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray.data
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from torch import Tensor
+
+from cluster import checkpoint, harvest
+from cluster.calibrate import SiteScale
+from cluster.checkpoint import Position
+from cluster.exchange import exchange
+from cluster.layout import Layout
+from cluster.recipe import Recipe
+from cluster.stream import Order, WindowReader
+from cluster.tracking import FitReporter
+from sae.step import TrainingDictionary
+
+STREAM = "activations"
+
+
+class Job(NamedTuple):
+    """What every process of the fit is told."""
+
+    recipe: Recipe
+    layout: Layout
+    scales: dict[str, SiteScale]
+    tokens_path: Path
+    train_folder: Path
+    stop_file: Path
+    """Its presence asks the ranks to checkpoint and return."""
+
+    def stream(self) -> ray.data.Dataset:
+        """The activation rows from the first window that the newest checkpoint has not wholly consumed.
+
+        Ray Train calls this again at every restart of the worker group.
+        """
+        order, committed = Order.of(self.recipe), checkpoint.newest(self.train_folder)
+        first = order.blocks_of(committed.position.window).start if committed else 0
+        return harvest.activations(
+            self.recipe, self.layout.sites, self.scales, self.tokens_path, first, order.blocks
+        )
+
+
+class EveryRow(DataConfig):
+    """Ray Train's own split drops rows so that all ranks get equally many; windows need no such equality."""
+
+    def configure(
+        self, datasets: dict[str, ray.data.Dataset], world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        splits: list[dict[str, ray.data.DataIterator]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            dataset = dataset.copy(dataset)
+            dataset.context.execution_options.preserve_order = True
+            for rank, split in enumerate(dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)):
+                splits[rank][name] = split
+        return splits
+
+
+def run(job: Job, reporter: FitReporter, attempt: str) -> None:
+    """Trains from the newest checkpoint to the end of the corpus, or until the stop file appears. Blocks."""
+    fit = job.recipe.fit
+    TorchTrainer(
+        fit_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if fit.gpu else "gloo"),
+        datasets={STREAM: job.stream},
+        dataset_config=EveryRow(),
+        scaling_config=ScalingConfig(
+            num_workers=fit.workers, use_gpu=fit.gpu, resources_per_worker={"CPU": fit.cpus_per_worker}
+            | ({"GPU": 1} if fit.gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=attempt,
+            storage_path=str(job.train_folder),
+            failure_config=FailureConfig(max_failures=fit.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[reporter],
+        ),
+    ).fit()
+
+
+def fit_worker(config: dict[str, Job]) -> None:
+    """The train loop of one rank."""
+    job = config["job"]
+    rank = Rank(job, dist.get_rank(), ray.train.torch.get_device())
+    rank.restore()
+    source = ray.train.get_dataset_shard(STREAM).iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
+    for batches in rank.windows(iter(source)):
+        for rows, progress, after in batches:
+            rank.step(rows, progress)
+            stop = rank.stop_requested()
+            last = stop or after.done
+            if last or after.step % job.recipe.fit.checkpoint_every_steps == 0:
+                rank.report(after, with_checkpoint=True)
+            elif after.step % job.recipe.fit.report_every_steps == 0:
+                rank.report(after, with_checkpoint=False)
+            if last:
+                return
+
+
+class Rank:
+    """One rank's dictionaries and its place in the order."""
+
+    def __init__(self, job: Job, number: int, device: torch.device):
+        torch.set_num_threads(max(1, int(job.recipe.fit.cpus_per_worker)))
+        self.job, self.number, self.device = job, number, device
+        self.order = Order.of(job.recipe)
+        widths = job.layout.widths
+        self.bank = [TrainingDictionary(spec, widths[spec.reads.key], device) for spec in job.layout.ranks[number]]
+        self.position = Position()
+        self.started = time.monotonic()
+        self.rows_at_start = 0
+
+    def restore(self) -> None:
+        """Takes over the newest checkpoint, on which rank 0 decides."""
+        found = [checkpoint.newest(self.job.train_folder) if self.number == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        if (committed := found[0]) is not None:
+            self.position = committed.position
+            self.rows_at_start = committed.position.rows
+            for dictionary in self.bank:
+                dictionary.load(checkpoint.load(committed.folder, dictionary.spec.id))
+
+    def windows(self, source: Iterator[harvest.Rows]) -> Iterator[Iterator[tuple[dict[str, Tensor], float, Position]]]:
+        """For each window from this position on, its batches."""
+        keys = [site.key for site in self.job.layout.sites]
+        for window in WindowReader(self.order, source, keys).windows(self.position.window):
+            ids, rows = exchange(window, self.job.layout.keys_by_rank, self.job.layout.widths, self.device)
+            yield self._batches(window.number, len(ids), rows)
+
+    def _batches(
+        self, window: int, n_rows: int, rows: dict[str, Tensor]
+    ) -> Iterator[tuple[dict[str, Tensor], float, Position]]:
+        """Rows of each batch, the run's progress with it, and the position after it."""
+        batches = self.order.batches(window, n_rows)
+        for number, chosen in enumerate(batches):
+            if (window, number) < (self.position.window, self.position.batch):
+                continue  # trained on before the checkpoint
+            ends_window = number + 1 == len(batches)
+            after = Position(
+                window=window + 1 if ends_window else window,
+                batch=0 if ends_window else number + 1,
+                step=self.position.step + 1,
+                rows=self.position.rows + len(chosen),
+                done=ends_window and window + 1 == self.order.windows,
+            )
+            progress = self.order.progress(window, number, len(batches))
+            yield {key: tensor[chosen.to(self.device)] for key, tensor in rows.items()}, progress, after
+            self.position = after
+
+    def step(self, rows: dict[str, Tensor], progress: float) -> None:
+        scaled = {key: tensor.float() / self.job.scales[key].scale for key, tensor in rows.items()}
+        for dictionary in self.bank:
+            dictionary.step(scaled[dictionary.spec.reads.key], progress)
+
+    def stop_requested(self) -> bool:
+        """Whether to stop here: all ranks must agree, so rank 0's view is everyone's."""
+        asked = torch.tensor([self.number == 0 and self.job.stop_file.exists()], dtype=torch.uint8)
+        dist.broadcast(asked, src=0)
+        return bool(asked)
+
+    def report(self, position: Position, *, with_checkpoint: bool) -> None:
+        """Tells the controller how the fit goes; a barrier of all ranks."""
+        figures = {dictionary.spec.id: dictionary.sums.take() for dictionary in self.bank}
+        rate = (position.rows - self.rows_at_start) / (time.monotonic() - self.started)
+        metrics = {"position": position._asdict(), "rows_per_second": rate, "dictionaries": figures}
+        if not with_checkpoint:
+            return ray.train.report(metrics)
+        name = [f"step-{position.step:09d}-{uuid.uuid4().hex[:8]}"]  # a folder is never written twice
+        dist.broadcast_object_list(name, src=0)
+        with tempfile.TemporaryDirectory() as folder:
+            states = {dictionary.spec.id: dictionary.state() for dictionary in self.bank}
+            checkpoint.stage(Path(folder), states, position)
+            ray.train.report(metrics, ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name[0])

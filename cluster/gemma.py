@@ -1,0 +1,142 @@
+"""Gemma 3: finding a checkpoint, loading it, and capturing or replacing the tensors at its sites."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluster import packages
+from cluster.errors import UserError
+from cluster.recipe import Model
+from sae.sites import Site
+
+GEMMA_3_TYPES = ("gemma3", "gemma3_text")
+
+
+def published_name(model: Model) -> str:
+    """`model_name` of the published config.json."""
+    known = packages.PUBLISHED_NAMES.get(model.name.removeprefix(packages.PREFIX))
+    return model.published_name or known or (Path(model.name).name if Path(model.name).is_dir() else model.name)
+
+
+def text_config(model: Model) -> Any:
+    """The text model's Hugging Face config; UserError if the name is no Gemma 3. Nothing large is fetched."""
+    from transformers import AutoConfig, Gemma3TextConfig
+
+    if packages.is_package(model.name):
+        if model.name.removeprefix(packages.PREFIX) not in packages.PUBLISHED_NAMES:
+            packages.fetch(model.name, "model.name")  # raises, naming the packages that there are
+        return Gemma3TextConfig.from_dict(packages.GEMMA_CONFIG)
+    try:
+        config = AutoConfig.from_pretrained(model.name)
+    except Exception as error:  # transformers and the hub raise many kinds; all mean that the model is not there
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            "model.name", f"{model.name!r} is no local folder and no model that could be fetched ({reason:.160}): "
+            "name a Gemma 3 folder, a Hugging Face name, or package:gemma-3-270m",
+        ) from error
+    if config.model_type not in GEMMA_3_TYPES:
+        raise UserError("model.name", f"{model.name!r} is a {config.model_type} model: name a Gemma 3 checkpoint")
+    return config.get_text_config()
+
+
+def site_width(config: Any, site: Site) -> int:
+    """D of a site: the heads side by side for attn_out, the residual stream's width for the others."""
+    return config.num_attention_heads * config.head_dim if site.name == "attn_out" else config.hidden_size
+
+
+def parameters(config: Any) -> int:
+    """Parameters of the text model, counted without taking memory for them."""
+    from transformers import Gemma3ForCausalLM
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Gemma3ForCausalLM(config).parameters())
+
+
+def locate(model: Model) -> str:
+    """What transformers loads: a folder, fetched if it is a package, or a hub name."""
+    return str(packages.fetch(model.name, "model.name")) if packages.is_package(model.name) else model.name
+
+
+def load(model: Model, device: torch.device) -> nn.Module:
+    """The causal language model, in evaluation mode and without gradients."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    loaded = AutoModelForCausalLM.from_pretrained(locate(model), dtype=getattr(torch, model.dtype))
+    return loaded.eval().requires_grad_(False).to(device)
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The decoder stack without its language head: `model.*` of a text-only checkpoint, `model.language_model.*`
+    of a multimodal one."""
+    from transformers import Gemma3TextModel
+
+    return next(module for module in model.modules() if isinstance(module, Gemma3TextModel))
+
+
+Edit = Callable[[Tensor], Tensor | None]
+
+
+@contextmanager
+def hooked(model: nn.Module, edits: dict[Site, Edit]) -> Iterator[None]:
+    """Within the block each forward pass calls the edits with their site's tensor [sequences, T, D]; a tensor
+    that an edit returns takes its place."""
+    handles = [_hook(trunk(model).get_submodule(f"layers.{site.layer}"), site.name, edit) for site, edit in edits.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(layer: nn.Module, name: str, edit: Edit) -> Any:
+    if name == "attn_out":  # the only site that is a module's input
+        def before(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+            edited = edit(inputs[0])
+            return None if edited is None else (edited,)
+
+        return layer.get_submodule("self_attn.o_proj").register_forward_pre_hook(before)
+    module = {"mlp_in": "pre_feedforward_layernorm", "mlp_out": "post_feedforward_layernorm", "resid_post": ""}[name]
+    return layer.get_submodule(module).register_forward_hook(lambda _, inputs, output: edit(output))
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the last site needed: the rest of the model is not computed."""
+
+
+@torch.no_grad()
+def capture(model: nn.Module, tokens: Tensor, sites: list[Site]) -> dict[Site, Tensor]:
+    """The tensors at `sites` for token ids [sequences, T], each [sequences, T, D]; stops after the last site."""
+    captured: dict[Site, Tensor] = {}
+    last = max(sites, key=lambda site: site.depth)
+
+    def keep(site: Site) -> Edit:
+        def edit(tensor: Tensor) -> None:
+            captured[site] = tensor
+            if site == last:
+                raise _Stop
+
+        return edit
+
+    with hooked(model, {site: keep(site) for site in sites}):
+        try:
+            trunk(model)(tokens)
+        except _Stop:
+            pass
+    return captured
+
+
+@torch.no_grad()
+def loss(model: nn.Module, tokens: Tensor) -> float:
+    """Sum over all predicted tokens of the cross-entropy in nats; tokens [sequences, T]."""
+    hidden = trunk(model)(tokens).last_hidden_state
+    total = 0.0
+    for sequence_TD, ids_T in zip(hidden, tokens, strict=True):  # one sequence's logits at a time bound the memory
+        logits = model.get_output_embeddings()(sequence_TD[:-1]).float()
+        total += nn.functional.cross_entropy(logits, ids_T[1:], reduction="sum").item()
+    return total

@@ -1,0 +1,51 @@
+"""The live line of a fit, drawn from what the Train controller reports."""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from cluster.layout import Layout
+from cluster.stream import Order
+
+PLAIN_EVERY_SECONDS = 15  # between lines where the output is no terminal, as in a job's log
+
+
+class LiveLine:
+    """One line that is rewritten on a terminal, and repeated now and then elsewhere."""
+
+    def __init__(self, path: Path, layout: Layout, order: Order):
+        self.path, self.order = path, order
+        self.keys = {spec.id: spec.reads.key for specs in layout.ranks for spec in specs}
+        self.terminal = sys.stdout.isatty()
+        self.shown_at, self.text = 0.0, ""
+
+    def show(self) -> None:
+        """Draws the line if there is something new."""
+        try:
+            text = self._line(json.loads(self.path.read_text()))
+        except (OSError, ValueError):
+            text = "fit: starting workers and the first harvest"
+        now = time.monotonic()
+        if text == self.text or (not self.terminal and now - self.shown_at < PLAIN_EVERY_SECONDS):
+            return
+        self.shown_at, self.text = now, text
+        print(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
+
+    def end(self) -> None:
+        if self.terminal:
+            print()
+
+    def _line(self, told: dict) -> str:
+        position, rate = told["position"], told["rows_per_second"]
+        total = self.order.sequences * self.order.context
+        left = max(0, total - position["rows"]) / rate
+        fvus = defaultdict(list)
+        for id, figures in told["dictionaries"].items():
+            fvus[self.keys[id]].append(figures["fvu"])
+        shown = "  ".join(f"{key} {sum(v) / len(v):.3f}" for key, v in sorted(fvus.items(), key=lambda item: (len(item[0]), item[0])))
+        return (
+            f"fit: step {position['step']}/{self.order.steps}  {position['rows']:,}/{total:,} rows  "
+            f"{rate:,.0f} rows/s  ETA {int(left) // 60}:{int(left) % 60:02d}  FVU {shown}"
+        )

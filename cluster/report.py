@@ -1,0 +1,89 @@
+"""What a sweep shows at its end: the table, summary.json and the pictures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.evaluate import Evaluated
+from cluster.recipe import Recipe
+from cluster.store import replace_text
+
+
+def rows(
+    recipe: Recipe, results: dict[str, Evaluated], folders: dict[str, Path], rows_per_second: float
+) -> list[dict[str, Any]]:
+    """One row a dictionary, with every figure of the table."""
+    return [
+        {
+            "id": spec.id, "site": spec.site, "layer": spec.layer, "kind": spec.kind, "activation": spec.activation,
+            "width": spec.width, "l0_target": spec.l0,
+        }
+        | results[spec.id].scores._asdict()
+        | {"rows_per_second": rows_per_second, "path": str(folders[spec.id])}
+        for spec in recipe.specs()
+    ]  # fmt: skip
+
+
+def table(summary: list[dict[str, Any]]) -> str:
+    lines = [f"{'dictionary':<50} {'FVU':>7} {'L0':>7} {'dead':>7} {'loss recovered':>15} {'rows/s':>8}"]
+    lines += [
+        f"{row['id']:<50} {row['fvu']:>7.4f} {row['l0']:>7.1f} {row['dead_fraction']:>7.1%} "
+        f"{row['loss_recovered']:>15.4f} {row['rows_per_second']:>8,.0f}"
+        for row in summary
+    ]
+    return "\n".join(lines)
+
+
+def write_summary(path: Path, recipe: Recipe, summary: list[dict[str, Any]], seconds: dict[str, float]) -> None:
+    content = {"name": recipe.name, "model": recipe.model.name, "seconds": seconds, "dictionaries": summary}
+    replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def draw_frontier(path: Path, recipe: Recipe, summary: list[dict[str, Any]]) -> None:
+    """FVU against L0 on held-out text, one curve a site, layer, width and activation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    places = sorted({(row["site"], row["layer"], row["width"]) for row in summary})
+    colours = pyplot.get_cmap("viridis")(np.linspace(0, 0.85, len(places)))
+    several_widths = len({row["width"] for row in summary}) > 1
+    for (site, layer, width), colour in zip(places, colours, strict=True):
+        for activation, style in {"batch_topk": "o-", "jumprelu": "s--"}.items():
+            curve = [r for r in summary if (r["site"], r["layer"], r["width"], r["activation"]) == (site, layer, width, activation)]
+            curve.sort(key=lambda row: row["l0"])
+            label = f"{site} {layer}{f', {width:,} latents' if several_widths else ''}, {activation}"
+            if curve:
+                axes.plot([r["l0"] for r in curve], [r["fvu"] for r in curve], style, color=colour, label=label)
+    axes.set_xlabel("L0: mean active latents a row")
+    axes.set_ylabel("FVU: fraction of variance unexplained")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(f"{recipe.name}: {recipe.model.name}, {recipe.corpus.train_tokens:,} tokens, lower left is better")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_frequencies(path: Path, title: str, evaluated: Evaluated) -> None:
+    """How often each latent fires on held-out rows, as a histogram of log frequencies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    frequencies = evaluated.fired_F / evaluated.scores.rows
+    alive = frequencies[frequencies > 0]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.hist(np.log10(alive), bins=50)
+    axes.set_xlabel("log10 of the share of rows on which a latent is active")
+    axes.set_ylabel("latents")
+    axes.set_title(f"{title}\n{len(alive):,} of {len(frequencies):,} latents fired on {evaluated.scores.rows:,} held-out rows", fontsize="medium")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,107 @@
+"""The Ray session: the cluster that the job was submitted to, or a local one; and its logs out of sight."""
+
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.errors import UserError
+from cluster.layout import GIB, Memory
+from cluster.recipe import Recipe
+
+OBJECT_STORE_BYTES = GIB  # of a local session: a window's rows and what is prefetched are far below it
+
+
+def cluster_address() -> str | None:
+    """The cluster to join: RAY_ADDRESS, which `ray job submit` sets for its jobs."""
+    return os.environ.get("RAY_ADDRESS")
+
+
+def set_environment() -> None:
+    """What Ray reads when it is imported: call before. A local session gets a token of its own, since Ray's choice
+    depends on what earlier sessions left in the home folder."""
+    os.environ.update(
+        RAY_DATA_DISABLE_PROGRESS_BARS="1",
+        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        TOKENIZERS_PARALLELISM="false",
+    )
+    if cluster_address() is None:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+
+def check_memory(recipe: Recipe, planned: Memory) -> None:
+    """UserError if the sweep does not fit into this machine; a cluster's own scheduler and limits guard the others."""
+    import psutil
+
+    if cluster_address():
+        return
+    needed, available = planned.total(recipe) + OBJECT_STORE_BYTES, psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            "sweep", f"needs {needed / GIB:.1f} GiB and this machine has {available / GIB:.1f} GiB free: "
+            "lower widths, list fewer dictionaries, or submit it to a cluster",
+        )
+
+
+@contextmanager
+def session(recipe: Recipe, log: Path) -> Iterator[None]:
+    """Ray, for the length of the block."""
+    address = cluster_address()
+    import ray
+    import ray.data
+
+    warnings.filterwarnings("ignore", module="ray")
+    _send_logs_to(log)
+    local = {} if address else _local_resources(recipe)
+    with _stderr_to(log):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local)
+        except (ConnectionError, RuntimeError) as error:
+            where = f"the cluster at {address}" if address else "a local Ray"
+            raise UserError("RAY_ADDRESS", f"{where} could not be reached ({str(error).splitlines()[0]:.160})") from error
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = -1  # a slow fit is no fault of the stream's
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _local_resources(recipe: Recipe) -> dict[str, int | bool]:
+    """Logical CPUs for all that must run at once, whatever the machine has: a laptop's two cores are shared."""
+    fit = recipe.fit.workers * recipe.fit.cpus_per_worker
+    wanted = int(fit + recipe.harvest.actors * recipe.harvest.cpus) + 2
+    return {
+        "num_cpus": max(wanted, os.cpu_count() or 1),
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+    }
+
+
+@contextmanager
+def _stderr_to(log: Path) -> Iterator[None]:
+    """Ray's C++ core writes to the error stream itself, past all logging; for the length of the block, to the log."""
+    terminal = os.dup(2)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+def _send_logs_to(log: Path) -> None:
+    """Ray's and the libraries' messages go to the log file; the terminal is for the person."""
+    handler = logging.FileHandler(log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for name in ("ray", "ray.data", "ray.train", "mlflow", "alembic", "transformers"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False

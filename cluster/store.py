@@ -1,0 +1,84 @@
+"""The run folder: its files, its one owner, and how it is emptied."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.errors import UserError
+from cluster.recipe import Recipe
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file that readers see whole or not at all."""
+    staged = path.with_name(f"{path.name}.staged")
+    staged.write_text(text)
+    staged.rename(path)
+
+
+class RunFolder:
+    """Names of everything that a sweep keeps."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.recipe = root / "recipe.yaml"
+        self.log = root / "sweep.log"
+        self.tokens = root / "tokens"
+        self.calibration = root / "calibration.json"
+        self.train = root / "train"
+        self.runs = root / "mlflow-runs.json"
+        self.mlflow_artifacts = root / "mlflow-artifacts"
+        self.progress = root / "progress.json"
+        self.spool = root / "curves-waiting.jsonl"
+        self.stop = root / "stop"
+        self.staging = root / "staging"
+        self.published = root / "published"
+        self.frontier = root / "frontier.png"
+        self.summary = root / "summary.json"
+        """Written last: the sweep is finished when it exists."""
+
+    @contextmanager
+    def owned(self, recipe: Recipe, *, fresh: bool) -> Iterator[None]:
+        """Holds the folder for this recipe; UserError if it cannot be written, is in use or is another recipe's."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = open(self.root / ".lock", "w")  # noqa: SIM115, held until the end of the block
+        except OSError as error:
+            raise UserError("output", f"{self.root} cannot be written ({error.strerror}): name a folder that can") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError("output", f"another sweep is running in {self.root}: wait for it or name another folder") from None
+            if fresh:
+                self._empty()
+            self._claim(recipe)
+            yield
+
+    def _claim(self, recipe: Recipe) -> None:
+        text = recipe.to_yaml()
+        if not self.recipe.exists():
+            strangers = sorted(set(os.listdir(self.root)) - {".lock"})
+            if strangers:
+                raise UserError("output", f"{self.root} holds {strangers[0]} and no sweep: name an empty or new folder")
+            replace_text(self.recipe, text)
+        elif (kept := self.recipe.read_text()) != text:
+            changed = next(new.strip() for new, old in _line_pairs(text, kept) if new != old)
+            raise UserError("output", f"{self.root} holds a sweep of another recipe (now {changed!r}): name another folder or start anew with FRESH=1")
+
+    def _empty(self) -> None:
+        """Removes an earlier sweep; a folder that is none is left for `_claim` to refuse."""
+        if self.recipe.exists():
+            for path in self.root.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":
+                    path.unlink()
+
+
+def _line_pairs(new: str, old: str) -> list[tuple[str, str]]:
+    a, b = new.splitlines(), old.splitlines()
+    n = max(len(a), len(b))
+    return list(zip(a + [""] * (n - len(a)), b + [""] * (n - len(b)), strict=True))

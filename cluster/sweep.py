@@ -1,0 +1,234 @@
+"""A sweep from recipe to published dictionaries: its stages in order, each of which a later run finds done."""
+
+import json
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster import checkpoint, corpus, evaluate, fit, gemma, publish, report, session, tracking
+from cluster.calibrate import SiteScale, calibrate
+from cluster.errors import UserError
+from cluster.layout import Layout, lay_out, memory, table
+from cluster.packages import GEMMA_NOTICE, is_package
+from cluster.progress import LiveLine
+from cluster.recipe import Recipe
+from cluster.store import RunFolder
+from cluster.stream import Order
+
+INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
+
+
+class Interrupted(Exception):
+    """Somebody asked the sweep to stop; it can be resumed."""
+
+
+class SweepFailed(Exception):
+    """The fit failed more often than the recipe allows."""
+
+
+def run(recipe: Recipe, *, fresh: bool, resume_command: str) -> int:
+    """Plans, fits, evaluates and publishes, printing as it goes. Returns the exit code; UserError before anything is
+    started if something in the recipe or the surroundings cannot work."""
+    folder = RunFolder(recipe.folder())
+    tracking.check_reachable()
+    layout = _plan(recipe)
+    with folder.owned(recipe, fresh=fresh):
+        if folder.summary.exists():
+            print(f"\nfinished before (FRESH=1 runs it anew)\n\n{_closing(folder)}")
+            return 0
+        print(f"details  {folder.log}", flush=True)
+        stop = Stop(folder.stop)
+        try:
+            with stop.listening(), session.session(recipe, folder.log):
+                Sweep(recipe, layout, folder, stop).run()
+        except Interrupted:
+            print(f"stopped; what is done is kept in {folder.root}. Resume with: {resume_command}")
+            return INTERRUPTED
+        print(f"\n{_closing(folder)}")
+        return 0
+
+
+def _plan(recipe: Recipe) -> Layout:
+    """Checks everything that can be known before anything is started, and prints the plan."""
+    config = gemma.text_config(recipe.model)
+    layout = lay_out(recipe, config)
+    planned = memory(recipe, layout, gemma.parameters(config))
+    session.check_memory(recipe, planned)
+    corpus.find(recipe.corpus)
+    order = Order.of(recipe)
+    print(f"plan     {recipe.name}: {len(recipe.specs())} dictionaries from one pass of {recipe.model.name}")
+    print(table(recipe, layout, planned))
+    print(
+        f"text     {order.sequences * order.context:,} tokens to train on in {order.windows} windows, about "
+        f"{order.steps} steps; {recipe.heldout_sequences * recipe.corpus.context:,} held out"
+    )
+    location = gemma.locate(recipe.model)
+    if is_package(recipe.model.name):
+        print("licence  " + GEMMA_NOTICE.format(folder=location))
+    return layout
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: while the dictionaries are being fitted they ask for a checkpoint, elsewhere they end
+    the sweep at once, as a second Ctrl-C does."""
+
+    def __init__(self, file: Path):
+        self.file, self.fitting = file, False
+        file.unlink(missing_ok=True)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(kind, self._asked) for kind in kinds]
+        try:
+            yield
+        finally:
+            for kind, handler in zip(kinds, before, strict=True):
+                signal.signal(kind, handler)
+
+    @property
+    def requested(self) -> bool:
+        return self.file.exists()
+
+    def _asked(self, number: int, frame: Any) -> None:
+        if not self.fitting or self.requested:
+            raise Interrupted
+        self.file.touch()
+        print("\nstopping at the next step with a checkpoint; Ctrl-C again to stop at once", flush=True)
+
+
+class Sweep:
+    """The stages, inside a Ray session."""
+
+    def __init__(self, recipe: Recipe, layout: Layout, folder: RunFolder, stop: Stop):
+        self.recipe, self.layout, self.folder, self.stop = recipe, layout, folder, stop
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> None:
+        with self._stage("corpus"):
+            corpus.build(self.recipe, self.folder.tokens)
+        with self._stage("calibrate"):
+            tokens = np.load(self.folder.tokens / "train.npy", mmap_mode="r")
+            scales = calibrate(self.recipe, self.layout.sites, tokens, self.folder.calibration)
+        with self._stage("tracking"):
+            runs = tracking.Runs(tracking.tracking_uri(self.folder.root), self.recipe, self.folder.mlflow_artifacts)
+            runs.open(self.recipe, self.layout, self.folder.runs)
+        try:
+            self._fit_and_publish(scales, runs)
+        except Exception:
+            runs.close("FAILED")
+            raise
+
+    def _fit_and_publish(self, scales: dict[str, SiteScale], runs: tracking.Runs) -> None:
+        with self._stage("fit"):
+            trained = self._fit(scales, runs)
+        with self._stage("evaluate"):
+            shutil.rmtree(self.folder.staging, ignore_errors=True)
+            staged = publish.stage(self.recipe, self.layout, scales, trained, self.folder.staging)
+            results = evaluate.evaluate(self.recipe, staged, scales, self.folder.tokens / "heldout.npy")
+        with self._stage("publish"):
+            shutil.rmtree(self.folder.published, ignore_errors=True)
+            publish.publish(self.recipe, self.folder.staging, self.folder.published, results)
+            rate = json.loads(self.folder.progress.read_text())["rows_per_second"]
+            summary = report.rows(self.recipe, results, publish.folders(self.recipe, self.folder.published), rate)
+            report.draw_frontier(self.folder.frontier, self.recipe, summary)
+            runs.finish(summary, results, self.folder)
+        report.write_summary(self.folder.summary, self.recipe, summary, self.seconds)
+        shutil.rmtree(self.folder.train)  # the published weights are what is left of the checkpoints
+
+    def _fit(self, scales: dict[str, SiteScale], runs: tracking.Runs) -> Path:
+        """Trains to the end of the corpus; the folder of the last checkpoint."""
+        found = checkpoint.newest(self.folder.train)
+        checkpoint.prune(self.folder.train, keep=found)
+        if found and found.position.done:
+            return found.folder
+        if found:
+            print(f"resuming at step {found.position.step}", flush=True)
+        job = fit.Job(
+            self.recipe, self.layout, scales, self.folder.tokens / "train.npy", self.folder.train, self.folder.stop
+        )
+        reporter = tracking.FitReporter(runs, self.folder.progress, self.folder.spool)
+        self._watch(job, reporter)
+        reached = checkpoint.newest(self.folder.train)
+        if reached and reached.position.done:
+            return reached.folder
+        raise Interrupted
+
+    def _watch(self, job: fit.Job, reporter: tracking.FitReporter) -> None:
+        """Runs the fit in a thread, since it blocks, and draws the live line meanwhile."""
+        failures: list[Exception] = []
+
+        def body() -> None:
+            try:
+                fit.run(job, reporter, attempt=f"attempt-{uuid.uuid4().hex[:8]}")
+            except Exception as error:
+                failures.append(error)
+
+        self.folder.progress.unlink(missing_ok=True)
+        line, thread = LiveLine(self.folder.progress, self.layout, Order.of(self.recipe)), threading.Thread(target=body, daemon=True)
+        self.stop.fitting = True
+        thread.start()
+        while thread.is_alive():
+            line.show()
+            thread.join(0.5)
+        self.stop.fitting = False
+        line.end()
+        if failures and not self.stop.requested:
+            raise SweepFailed(_cause(failures[0])) from failures[0]
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        print(f"{name} …", flush=True)
+        yield
+        self.seconds[name] = time.monotonic() - started
+        print(f"{name} done in {self.seconds[name]:.0f} s", flush=True)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost message of Ray Train's nested errors, in one line."""
+    workers = getattr(error, "worker_failures", None)
+    if workers:
+        rank, inner = sorted(workers.items())[0]
+        return f"rank {rank}: {_cause(inner)}"
+    inner = getattr(error, "controller_failure", None) or getattr(error, "cause", None) or error.__cause__
+    if isinstance(inner, BaseException) and inner is not error:
+        return _cause(inner)
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
+
+
+def _closing(folder: RunFolder) -> str:
+    """The table, and where to look next."""
+    summary = json.loads(folder.summary.read_text())
+    uri = tracking.tracking_uri(folder.root)
+    mlflow = Path(sys.executable).with_name("mlflow")
+    dashboard = f"open {uri}" if uri.startswith("http") else f"{mlflow} server --backend-store-uri {uri} --port 5000"
+    return "\n".join([
+        report.table(summary["dictionaries"]),
+        "",
+        f"published  {folder.published}",
+        f"picture    {folder.frontier}",
+        f"summary    {folder.summary}",
+        f"MLflow     {dashboard}",
+    ])
+
+
+def explain_failure(error: Exception, log: Path) -> str:
+    """The last line of a failed job: why, in one line; the traceback goes to the log."""
+    try:
+        with log.open("a") as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return f"sweep failed: {_cause(error)}"
+    return f"sweep failed: {error if isinstance(error, SweepFailed) else _cause(error)}; details in {log}"

@@ -1,0 +1,158 @@
+"""MLflow: a parent run a sweep, a child run a dictionary. Only the driver and the Train controller log."""
+
+import json
+import logging
+import os
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from ray.train import Checkpoint, UserCallback
+
+from cluster.checkpoint import commit
+from cluster.errors import UserError
+from cluster.evaluate import Evaluated
+from cluster.layout import Layout
+from cluster.recipe import Recipe
+from cluster.report import draw_frequencies
+from cluster.store import RunFolder, replace_text
+from sae.spec import DictionarySpec
+
+logger = logging.getLogger(__name__)
+
+REMEDY = "start that server, or unset MLFLOW_TRACKING_URI to use a file in the run folder"
+
+
+def tracking_uri(folder: Path) -> str:
+    """MLFLOW_TRACKING_URI if it is set, else an SQLite file in the run folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def check_reachable() -> None:
+    """UserError, in seconds, if MLFLOW_TRACKING_URI names a server that does not answer."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri.startswith(("http://", "https://")):
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
+        except urllib.error.HTTPError:
+            pass  # it answers; whether it lets us log is told by the first call
+        except (OSError, ValueError) as error:
+            raise UserError("MLFLOW_TRACKING_URI", f"{uri} is not reachable ({error}): {REMEDY}") from error
+
+
+class Runs:
+    """The MLflow runs of one sweep, by id: found again by any process, made once."""
+
+    def __init__(self, uri: str, recipe: Recipe, artifacts: Path):
+        from mlflow import MlflowClient
+
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        self.uri, self.client = uri, MlflowClient(tracking_uri=uri)
+        experiment = self.client.get_experiment_by_name(recipe.name)
+        if experiment is None:
+            location = None if uri.startswith("http") else artifacts.as_uri()
+            self.experiment = self.client.create_experiment(recipe.name, artifact_location=location)
+        else:
+            self.experiment = experiment.experiment_id
+        self.parent = ""
+        self.children: dict[str, str] = {}
+
+    def open(self, recipe: Recipe, layout: Layout, path: Path) -> None:
+        """Creates the parent run and its children, or finds in `path` those of an earlier attempt."""
+        if path.exists():
+            known = json.loads(path.read_text())
+            self.parent, self.children = known["parent"], known["children"]
+            return
+        self.parent = self.client.create_run(self.experiment, run_name=recipe.name).info.run_id
+        self.client.log_text(self.parent, recipe.to_yaml(), "recipe.yaml")
+        for rank, specs in enumerate(layout.ranks):
+            for spec in specs:
+                self.children[spec.id] = self._create_child(recipe, spec, rank)
+        path.write_text(json.dumps({"parent": self.parent, "children": self.children}, indent=2) + "\n")
+
+    def _create_child(self, recipe: Recipe, spec: DictionarySpec, rank: int) -> str:
+        from mlflow.entities import Param
+
+        tags = {"mlflow.parentRunId": self.parent, "dictionary": spec.id}
+        run = self.client.create_run(self.experiment, run_name=spec.id, tags=tags).info.run_id
+        fields = spec.model_dump(exclude={"training"}) | spec.training.model_dump()
+        fields |= {"rank": rank, "model": recipe.model.name, "train_tokens": recipe.corpus.train_tokens}
+        self.client.log_batch(run, params=[Param(key, str(value)) for key, value in fields.items()])
+        self.client.log_text(run, recipe.to_yaml(), "recipe.yaml")
+        return run
+
+    def finish(self, summary: list[dict[str, Any]], results: dict[str, Evaluated], folder: RunFolder) -> None:
+        """Logs the held-out figures and pictures, what still waits of the curves, and ends the runs."""
+        log_curves(self.client, [], folder.spool)
+        with tempfile.TemporaryDirectory() as scratch:
+            for row in summary:
+                run, evaluated = self.children[row["id"]], results[row["id"]]
+                for name, value in evaluated.scores._asdict().items():
+                    self.client.log_metric(run, name, value)
+                picture = Path(scratch, "latent_frequencies.png")
+                draw_frequencies(picture, row["id"], evaluated)
+                self.client.log_artifact(run, str(picture))
+                self.client.log_artifact(run, str(Path(row["path"], "config.json")))
+        self.client.log_artifact(self.parent, str(folder.frontier))
+        self.client.log_dict(self.parent, {"dictionaries": summary}, "summary.json")
+        self.close("FINISHED")
+
+    def close(self, status: str) -> None:
+        for run in (*self.children.values(), self.parent):
+            self.client.set_terminated(run, status)
+
+
+class FitReporter(UserCallback):
+    """Runs in the Train controller: commits checkpoints, tells the driver how it goes, logs curves to MLflow.
+
+    An outage of MLflow does not stop the fit: what could not be logged waits in `spool`, a file of JSON lines.
+    """
+
+    def __init__(self, runs: Runs, progress: Path, spool: Path):
+        self.uri, self.children, self.progress, self.spool = runs.uri, runs.children, progress, spool
+        self.client: Any = None
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        figures = {id: values for rank in metrics for id, values in rank["dictionaries"].items()}
+        if checkpoint is not None:
+            commit(Path(checkpoint.path), list(figures))
+        told = metrics[0] | {"dictionaries": figures, "committed": checkpoint is not None}
+        replace_text(self.progress, json.dumps(told) + "\n")
+        step, now = metrics[0]["position"]["step"], int(time.time() * 1000)
+        curves = [
+            {"run": self.children[id], "step": step, "at": now, "figures": {f"train/{k}": v for k, v in values.items()}}
+            for id, values in figures.items()
+        ]
+        if self.client is None:
+            self.client = _patient_client(self.uri)
+        log_curves(self.client, curves, self.spool)
+
+
+def _patient_client(uri: str) -> Any:
+    """A client that gives up within seconds: the controller has more to do than wait for a tracker."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def log_curves(client: Any, curves: list[dict[str, Any]], spool: Path) -> None:
+    """Logs what waits in the spool and then `curves`; what cannot be logged is what the spool then holds."""
+    from mlflow.entities import Metric
+
+    waiting = [json.loads(line) for line in spool.read_text().splitlines()] if spool.exists() else []
+    waiting += curves
+    try:
+        while waiting:
+            record = waiting[0]
+            points = [Metric(key, value, record["at"], record["step"]) for key, value in record["figures"].items()]
+            client.log_batch(record["run"], points)
+            waiting.pop(0)
+    except Exception as error:  # whatever the tracker's fault is, the fit goes on
+        logger.warning("MLflow did not take the curves, they wait in %s: %s", spool, error)
+        return replace_text(spool, "".join(json.dumps(record) + "\n" for record in waiting))
+    spool.unlink(missing_ok=True)

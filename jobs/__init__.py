@@ -1,0 +1,1 @@
+"""What a person submits: each job parses, builds and runs."""
