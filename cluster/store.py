@@ -6,6 +6,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from cluster.errors import UserError
 from cluster.recipe import Recipe
@@ -54,19 +57,28 @@ class RunFolder:
                 raise UserError("output", f"another sweep is running in {self.root}: wait for it or name another folder") from None
             if fresh:
                 self._empty()
+            new = not self.recipe.exists()
             self._claim(recipe)
-            yield
+            try:
+                yield
+            except UserError:
+                if new:  # nothing was done yet: a mended recipe must find the folder as it was
+                    self._empty()
+                raise
 
     def _claim(self, recipe: Recipe) -> None:
-        text = recipe.to_yaml()
         if not self.recipe.exists():
             strangers = sorted(set(os.listdir(self.root)) - {".lock"})
             if strangers:
                 raise UserError("output", f"{self.root} holds {strangers[0]} and no sweep: name an empty or new folder")
-            replace_text(self.recipe, text)
-        elif (kept := self.recipe.read_text()) != text:
-            changed = next(new.strip() for new, old in _line_pairs(text, kept) if new != old)
-            raise UserError("output", f"{self.root} holds a sweep of another recipe (now {changed!r}): name another folder or start anew with FRESH=1")
+            return replace_text(self.recipe, recipe.to_yaml())
+        kept = yaml.safe_load(self.recipe.read_text())
+        changed = next((key for key, value in results_of(recipe.model_dump(mode="json")).items() if results_of(kept)[key] != value), None)
+        if changed:
+            raise UserError(
+                "output", f"{self.root} holds a sweep of another recipe ({changed} differs): "
+                "name another folder, or start anew with FRESH=1 or --fresh",
+            )
 
     def _empty(self) -> None:
         """Removes an earlier sweep; a folder that is none is left for `_claim` to refuse."""
@@ -78,7 +90,8 @@ class RunFolder:
                     path.unlink()
 
 
-def _line_pairs(new: str, old: str) -> list[tuple[str, str]]:
-    a, b = new.splitlines(), old.splitlines()
-    n = max(len(a), len(b))
-    return list(zip(a + [""] * (n - len(a)), b + [""] * (n - len(b)), strict=True))
+def results_of(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The part of a recipe that its results depend on: a sweep may go on with other workers or actors."""
+    placement = ("actors", "cpus", "gpus")
+    harvest = {key: value for key, value in recipe["harvest"].items() if key not in placement}
+    return {key: value for key, value in recipe.items() if key not in ("fit", "output")} | {"harvest": harvest}

@@ -1,0 +1,108 @@
+"""Order: whatever rank a row arrives at, and however late, the batches are the same, and each row comes once."""
+
+import hashlib
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from cluster.exchange import exchange
+from cluster.harvest import BLOCK, BLOCK_ROWS, ROW, encode_bf16
+from cluster.stream import Order, WindowReader
+
+ORDER = Order(sequences=37, context=16, block_sequences=4, window_sequences=12, batch_rows=50, seed=5)
+WIDTHS = {"resid_post.1": 6, "attn_out.2": 10, "mlp_out.3": 6}
+
+
+def block_rows(block: int) -> dict[str, np.ndarray]:
+    """A block's rows as a harvester emits them, every 13th row dropped; values are a function of the row id."""
+    first, last = block * ORDER.block_sequences, min((block + 1) * ORDER.block_sequences, ORDER.sequences)
+    ids = np.arange(first * ORDER.context, last * ORDER.context)
+    ids = ids[ids % 13 != 0]
+    columns = {
+        key: encode_bf16(torch.sin(torch.from_numpy(ids[:, None] * 0.37 + np.arange(d)) + len(key)))
+        for key, d in WIDTHS.items()
+    }
+    return columns | {ROW: ids, BLOCK: np.full(len(ids), block), BLOCK_ROWS: np.full(len(ids), len(ids))}
+
+
+def deal(rank: int, world: int, seed: int, first_window: int) -> list[dict[str, np.ndarray]]:
+    """What one rank is sent from a window on: blocks in order, dealt at random, some cut in two for different ranks."""
+    chosen, mine = random.Random(seed), []
+    for block in range(ORDER.blocks_of(first_window).start, ORDER.blocks):
+        rows = block_rows(block)
+        cut = chosen.choice([0, len(rows[ROW]) // 3])
+        for part in (slice(0, cut), slice(cut, None)):
+            owner = chosen.randrange(world)
+            piece = {name: column[part] for name, column in rows.items()}
+            if owner == rank and len(piece[ROW]):
+                mine.append(piece)
+    return mine
+
+
+def run_rank(rank: int, world: int, seed: int, first_window: int, rendezvous: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    keys = list(WIDTHS)
+    # The last key's dictionaries lie on every rank, the others' on one.
+    keys_by_rank = [[key for i, key in enumerate(keys) if key == keys[-1] or i % world == r] for r in range(world)]
+    reader = WindowReader(ORDER, iter(deal(rank, world, seed, first_window)), keys)
+    for window in reader.windows(first_window):
+        ids, rows = exchange(window, keys_by_rank, WIDTHS, torch.device("cpu"))
+        for number, chosen in enumerate(ORDER.batches(window.number, len(ids))):
+            for key in keys_by_rank[rank]:
+                batch = rows[key][chosen]
+                digest = hashlib.sha256(batch.view(torch.int16).numpy().tobytes()).hexdigest()
+                results.append((key, window.number, number, digest, ids[chosen].tolist()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def batches(world: int, seed: int, tmp_path, first_window: int = 0) -> dict[tuple[str, int, int], tuple[str, list[int]]]:
+    with mp.Manager() as manager:
+        results = manager.list()
+        rendezvous = str(tmp_path / f"rendezvous-{world}-{seed}-{first_window}")
+        mp.spawn(run_rank, (world, seed, first_window, rendezvous, results), nprocs=world)
+        found: dict[tuple[str, int, int], tuple[str, list[int]]] = {}
+        for key, window, number, digest, ids in results:
+            assert found.setdefault((key, window, number), (digest, ids)) == (digest, ids)  # equal at every rank
+        return found
+
+
+def test_batches__are_the_same_for_any_number_of_ranks_and_any_arrival(tmp_path) -> None:
+    one = batches(1, 0, tmp_path)
+    assert one == batches(2, 1, tmp_path) == batches(3, 2, tmp_path)
+    wanted = {row for row in range(ORDER.sequences * ORDER.context) if row % 13}
+    for key in WIDTHS:
+        ids = [row for (k, _, _), (_, rows) in one.items() if k == key for row in rows]
+        assert sorted(ids) == sorted(wanted)  # none lost, none twice
+    whole_windows = [len(rows) for (_, window, _), (_, rows) in one.items() if window < 3]
+    assert min(whole_windows) >= 0.85 * ORDER.batch_rows  # nearly equal sizes, no rest
+    assert max(whole_windows) <= 1.15 * ORDER.batch_rows
+
+
+def test_batches__of_a_resumed_run_are_the_undisturbed_ones(tmp_path) -> None:
+    whole = batches(1, 0, tmp_path)
+    assert batches(1, 0, tmp_path, first_window=2) == {place: batch for place, batch in whole.items() if place[1] >= 2}
+
+
+def test_batches__are_shuffled_within_their_window_and_differ_between_windows_and_seeds() -> None:
+    first, second = ORDER.batches(0, 180)[0], ORDER.batches(1, 180)[0]
+    reseeded = Order(**{**ORDER.__dict__, "seed": 6}).batches(0, 180)[0]
+    assert not torch.equal(first, first.sort().values)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, reseeded)
+
+
+def test_progress__rises_to_one() -> None:
+    steps = [
+        ORDER.progress(window, batch, len(chosen))
+        for window in range(ORDER.windows)
+        for chosen in [ORDER.batches(window, 16 * len(range(window * 12, min(37, window * 12 + 12))))]
+        for batch in range(len(chosen))
+    ]
+    assert steps == sorted(steps)
+    assert steps[-1] == pytest.approx(1)
+    assert len(steps) == ORDER.steps

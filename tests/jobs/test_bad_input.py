@@ -1,0 +1,133 @@
+"""Each wrong input is one line that names the field and the remedy, with exit code 2, before anything is started."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs import sweep as job
+
+
+def changed(recipe: dict, path: str, value: Any) -> dict:
+    """The recipe with one value replaced; `path` is dotted, numbers index lists."""
+    copy = yaml.safe_load(yaml.safe_dump(recipe))
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    place: Any = copy
+    for part in parents:
+        place = place.setdefault(part, {}) if isinstance(place, dict) else place[part]
+    place[last] = value
+    return copy
+
+
+# (field to change, value, what the message must name: the field and the remedy)
+CASES = {
+    "unknown key": ("swep", [], ["swep", "did you mean sweep?"]),
+    "unknown nested key": ("corpus.contxt", 32, ["corpus.contxt", "did you mean context?"]),
+    "unknown key in a list": ("sweep.0.width", [64], ["sweep.0.width", "did you mean widths?"]),
+    "unlike any key": ("model.zzzzzz", 1, ["model.zzzzzz", "valid keys are name"]),
+    "wrong type": ("corpus.train_tokens", "many", ["corpus.train_tokens", "integer", "many"]),
+    "no such activation": ("sweep.0.activations", ["topk9"], ["sweep.0.activations.0", "batch_topk"]),
+    "a layer the model lacks": ("sweep.0.layers", [40], ["sweep.layers", "layer 40", "0 to 3"]),
+    "as many active latents as there are": ("sweep.0.l0s", [64], ["sweep.0", "raise widths"]),
+    "two cells of one name": ("sweep.0.widths", [4096, 4100], ["sweep", "both publish", "drop one"]),
+    "a missing model": ("model.name", "/nowhere/gemma", ["model.name", "/nowhere/gemma", "name a Gemma 3 folder"]),
+    "an unknown package": ("model.name", "package:gemma-9", ["model.name", "package:gemma-3-270m"]),
+    "a missing corpus": ("corpus.paths", ["/nowhere/*.jsonl"], ["corpus.paths", "/nowhere/*.jsonl", "matches no file"]),
+    "a corpus of unknown format": ("corpus.paths", [__file__], ["corpus.paths", ".py", ".jsonl"]),
+    "another text column": ("corpus.text_column", "body", ["corpus.text_column", "body", "text"]),
+    "less text than tokens": ("corpus.train_tokens", 10**9, ["corpus.train_tokens", "lower it or add text"]),
+    "more workers than dictionaries": ("fit.workers", 7, ["fit.workers", "at most one each"]),
+    "a window of broken forward passes": ("stream.window_sequences", 12, ["stream.window_sequences", "harvest.sequences"]),
+    "more memory than there is": ("sweep.0.widths", [400_000_000], ["sweep", "GiB", "lower widths"]),
+    "a folder that cannot be written": ("output", "/proc/nowhere/run", ["output", "/proc/nowhere/run", "name a folder"]),
+}  # fmt: skip
+
+
+def run(monkeypatch, capsys, recipe: dict, tmp_path: Path) -> tuple[int, str]:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(sys, "argv", ["sweep.py", str(path)])
+    return job.main(), capsys.readouterr().err
+
+
+def check(code: int, error: str, parts: list[str]) -> None:
+    assert code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1  # one line
+    for part in parts:
+        assert part in error
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_recipe(name: str, tiny_recipe: dict, tmp_path: Path, monkeypatch, capsys) -> None:
+    path, value, parts = CASES[name]
+    started = time.monotonic()
+    code, error = run(monkeypatch, capsys, changed(tiny_recipe, path, value), tmp_path)
+    check(code, error, parts)
+    assert time.monotonic() - started < 30
+    assert not Path(tiny_recipe["output"]).exists()  # nothing half-written
+
+
+@pytest.mark.parametrize(("content", "part"), [("a: [", "is not YAML"), ("just words", "not a mapping"), (None, "cannot read")])
+def test_bad_file(content: str | None, part: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", str(path)])
+    assert job.main() == 2
+    assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [("empty.jsonl", b"", "has only 0 bytes"), ("broken.jsonl", b"\x00\xff{" * 99_999, "not readable as .jsonl"), ("broken.parquet", b"PAR1" * 9, "not readable as .parquet")],
+)
+def test_bad_corpus_file(name: str, content: bytes, part: str, tiny_recipe: dict, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / name).write_bytes(content)
+    recipe = changed(tiny_recipe, "corpus.paths", [str(tmp_path / name)])
+    code, error = run(monkeypatch, capsys, recipe, tmp_path)
+    check(code, error, ["corpus.", part])
+
+
+def test_a_model_that_is_no_gemma(tiny_recipe: dict, tmp_path: Path, monkeypatch, capsys) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(num_hidden_layers=2).save_pretrained(tmp_path / "llama")
+    recipe = changed(tiny_recipe, "model.name", str(tmp_path / "llama"))
+    check(*run(monkeypatch, capsys, recipe, tmp_path), ["model.name", "llama", "Gemma 3"])
+
+
+def test_mlflow_not_reachable(tiny_recipe: dict, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    check(*run(monkeypatch, capsys, tiny_recipe, tmp_path), ["MLFLOW_TRACKING_URI", "127.0.0.1:9", "unset"])
+
+
+def test_a_folder_with_strangers_in_it_is_left_alone(tiny_recipe: dict, tmp_path: Path, monkeypatch, capsys) -> None:
+    stranger = Path(tiny_recipe["output"]) / "thesis.txt"
+    stranger.parent.mkdir()
+    stranger.write_text("irreplaceable")
+    check(*run(monkeypatch, capsys, tiny_recipe, tmp_path), ["output", "thesis.txt", "empty or new"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--fresh"])
+    assert job.main() == 2
+    assert stranger.read_text() == "irreplaceable"
+
+
+def test_too_little_text_is_told_after_counting_and_leaves_no_tokens(tiny_recipe: dict, run_job) -> None:
+    # More than the words that there are, fewer than their bytes: only the tokeniser can know.
+    started = run_job(changed(tiny_recipe, "corpus.train_tokens", 200_000))
+    assert started.wait() == 2
+    assert "error: corpus.train_tokens: " in started.text.splitlines()[-1]
+    assert not (started.output / "tokens").exists()
+
+
+def test_two_sweeps_cannot_own_one_folder(tiny_recipe: dict, tmp_path: Path, monkeypatch, capsys) -> None:
+    import fcntl
+
+    folder = Path(tiny_recipe["output"])
+    folder.mkdir()
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        check(*run(monkeypatch, capsys, tiny_recipe, tmp_path), ["output", "another sweep is running"])

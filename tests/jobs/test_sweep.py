@@ -1,0 +1,159 @@
+"""Whole sweeps on the tiny model, in processes of their own, killed and resumed; the oracle is the flat loop."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+
+from cluster import recipe as recipes
+from sae import artifact
+from sae.dictionary import Dictionary
+from tests import flat_loop
+from tests.jobs.conftest import Job
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture()
+def sweep(tiny_recipe: dict) -> dict:
+    """Six residual dictionaries, 120 steps."""
+    grid = {"layers": [0, 2, 3], "activations": ["batch_topk", "jumprelu"], "widths": [64], "l0s": [8]}
+    return tiny_recipe | {"sweep": [grid]}
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, Dictionary]:
+    """The flat loop's dictionaries, computed once, by the first test that has tokens."""
+    return {}
+
+
+def published(output: Path) -> dict[str, Dictionary]:
+    summary = json.loads((output / "summary.json").read_text())
+    return {row["id"]: artifact.read(Path(row["path"]))[0] for row in summary["dictionaries"]}
+
+
+def assert_equals_flat_loop(sweep: dict, output: Path, known: dict[str, Dictionary]) -> None:
+    recipe = recipes.parse(sweep)
+    if not known:
+        known |= flat_loop.fit(recipe, np.load(output / "tokens" / "train.npy"))
+    found = published(output)
+    assert found.keys() == known.keys()
+    for id, expected in known.items():
+        for name, mine, theirs in zip(Dictionary._fields, expected, found[id], strict=True):
+            assert torch.equal(mine, theirs), f"{id} {name}: largest difference {(mine - theirs).abs().max()}"
+
+
+def train_workers(job: Job) -> list[psutil.Process]:
+    children = psutil.Process(job.process.pid).children(recursive=True)
+    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+
+
+def test_one_worker__equals_the_flat_loop_bit_for_bit(sweep: dict, run_job, known) -> None:
+    sweep["fit"] |= {"workers": 1}
+    job = run_job(sweep)
+    assert job.wait() == 0, job.text
+    assert_equals_flat_loop(sweep, job.output, known)
+    assert_everything_is_there(job)
+
+    again = run_job(sweep)
+    started = time.monotonic()
+    assert again.wait() == 0
+    assert time.monotonic() - started < 20
+    assert "finished before" in again.text
+
+    other = run_job(sweep | {"seed": 1})
+    assert other.wait() == 2
+    assert "seed differs" in other.text
+
+
+def assert_everything_is_there(job: Job) -> None:
+    """What the end of a sweep promises: table, summary, picture, artifacts, MLflow runs."""
+    summary = json.loads((job.output / "summary.json").read_text())
+    promised = {"id", "site", "layer", "kind", "activation", "width", "l0", "fvu", "dead_fraction", "loss_recovered", "rows_per_second", "path"}  # fmt: skip
+    assert len(summary["dictionaries"]) == 6
+    for row in summary["dictionaries"]:
+        assert promised <= row.keys()
+        assert row["id"] in job.text
+        names = {path.name for path in Path(row["path"]).iterdir()}
+        assert names == {"config.json", "params.safetensors", "metrics.json", "manifest.json", "recipe.yaml"}
+        assert Path(row["path"]).relative_to(job.output / "published").parts[1] == "resid_post"
+        assert 0 < row["fvu"] < 1
+        assert yaml.safe_load(Path(row["path"], "recipe.yaml").read_text())["training"]["learning_rate"] == 1e-3
+    assert (job.output / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{job.output / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert {run.info.run_name for run in children} == {row["id"] for row in summary["dictionaries"]}
+    assert {item.path for item in client.list_artifacts(parent.info.run_id)} == {"frontier.png", "recipe.yaml", "summary.json"}
+    for run in runs:
+        assert run.info.status == "FINISHED"
+    for run in children:
+        assert run.data.metrics["fvu"] == pytest.approx(next(r["fvu"] for r in summary["dictionaries"] if r["id"] == run.info.run_name))
+        curve = client.get_metric_history(run.info.run_id, "train/fvu")
+        assert len({point.step for point in curve}) > 100
+        assert curve[-1].value < curve[0].value
+        assert run.data.params["activation"] in ("batch_topk", "jumprelu")
+        assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"config.json", "latent_frequencies.png", "recipe.yaml"}
+
+
+def test_a_killed_worker__the_job_finishes_by_itself_with_the_same_weights(sweep: dict, run_job, known) -> None:
+    sweep["harvest"] |= {"actors": 2}
+    job = run_job(sweep)
+    killed: list[int] = []
+    for step in (15, 60):
+        job.wait_for_step(step)
+        victim = train_workers(job)[-1]
+        victim.send_signal(signal.SIGKILL)
+        victim.wait(10)
+        assert not victim.is_running()
+        killed.append(victim.pid)
+        reached = job.step
+        while job.step >= reached:  # the report starts anew from the checkpoint
+            time.sleep(0.05)
+            assert job.process.poll() is None, job.text
+    assert job.wait() == 0, job.text
+    assert len(set(killed)) == 2
+    assert_equals_flat_loop(sweep, job.output, known)
+
+
+def test_ctrl_c_then_kill__the_same_command_resumes_on_other_workers(sweep: dict, run_job, known) -> None:
+    first = run_job(sweep)
+    first.wait_for_step(25)
+    os.kill(first.process.pid, signal.SIGINT)
+    assert first.wait() == 130
+    assert "Resume with: python jobs/sweep.py" in first.text
+    stopped_at = max(int(path.name.split("-")[1]) for path in first.output.glob("train/*/step-*"))
+    assert stopped_at >= 25
+
+    sweep["fit"] |= {"workers": 3}
+    second = run_job(sweep)
+    second.wait_for_step(stopped_at + 25)
+    assert f"resuming at step {stopped_at}" in second.text
+    second.kill()
+
+    third = run_job(sweep)
+    assert third.wait() == 0, third.text
+    assert "resuming at step" in third.text
+    assert_equals_flat_loop(sweep, third.output, known)
+    assert not (third.output / "train").exists()
+
+
+def test_a_fit_that_fails_for_good__says_why_on_its_last_line(sweep: dict, run_job) -> None:
+    sweep["fit"] |= {"max_failures": 0}
+    job = run_job(sweep)
+    job.wait_for_step(5)
+    train_workers(job)[0].send_signal(signal.SIGKILL)
+    assert job.wait() == 1
+    assert job.text.splitlines()[-1].startswith("sweep failed: ")
+    assert str(job.output / "sweep.log") in job.text.splitlines()[-1]
