@@ -202,7 +202,7 @@ def _tokenised(recipe: Recipe) -> Any:
     filesystem, files, format = find(recipe.corpus)
     column = recipe.corpus.text_column
     if format == ".parquet":
-        documents = ray.data.read_parquet(files, filesystem=filesystem, columns=[column])
+        documents = ray.data.read_parquet(files, filesystem=filesystem).select_columns([column])
     elif format == ".jsonl":
         only_text = ParseOptions(explicit_schema=pa.schema([(column, pa.string())]), unexpected_field_behavior="ignore")
         documents = ray.data.read_json(files, filesystem=filesystem, parse_options=only_text)

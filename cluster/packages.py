@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster.console import say
 from cluster.errors import UserError
 
 PREFIX = "package:"
@@ -99,7 +100,7 @@ def fetch(name: str, field: str) -> Path:
     with open(cache() / ".lock", "w") as lock:  # several actors of a node may ask at once
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            print(f"fetching {name.removeprefix(PREFIX)} (once, into {cache()})", flush=True)
+            say(f"fetching {name.removeprefix(PREFIX)} (once, into {cache()})")
             with tempfile.TemporaryDirectory(dir=cache()) as folder:
                 build(Path(folder), field).rename(target)
     return target

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from cluster.console import say
 from cluster.layout import Layout
 from cluster.stream import Order
 
@@ -18,7 +19,7 @@ class LiveLine:
     def __init__(self, path: Path, layout: Layout, order: Order):
         self.path, self.order = path, order
         self.keys = {spec.id: spec.reads.key for specs in layout.ranks for spec in specs}
-        self.terminal = sys.stdout.isatty()
+        self.terminal = sys.__stdout__ is not None and sys.__stdout__.isatty()
         self.shown_at, self.text = 0.0, ""
 
     def show(self) -> None:
@@ -31,11 +32,11 @@ class LiveLine:
         if text == self.text or (not self.terminal and now - self.shown_at < PLAIN_EVERY_SECONDS):
             return
         self.shown_at, self.text = now, text
-        print(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
+        say(f"\r\x1b[K{text}" if self.terminal else text, end="" if self.terminal else "\n")
 
     def end(self) -> None:
         if self.terminal:
-            print()
+            say()
 
     def _line(self, told: dict) -> str:
         position, rate = told["position"], told["rows_per_second"]

@@ -1,12 +1,13 @@
 """The Ray session: the cluster that the job was submitted to, or a local one; and its logs out of sight."""
 
+import contextlib
 import logging
 import os
 import secrets
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from cluster.errors import UserError
 from cluster.layout import GIB, Memory
@@ -27,6 +28,8 @@ def set_environment() -> None:
         RAY_DATA_DISABLE_PROGRESS_BARS="1",
         RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
+        # A rank that reports waits until the controller looks: 2 s by default, most of a small step.
+        RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
         TOKENIZERS_PARALLELISM="false",
     )
     if cluster_address() is None:
@@ -47,7 +50,7 @@ def check_memory(recipe: Recipe, planned: Memory) -> None:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def session(recipe: Recipe, log: Path) -> Iterator[None]:
     """Ray, for the length of the block."""
     address = cluster_address()
@@ -57,7 +60,7 @@ def session(recipe: Recipe, log: Path) -> Iterator[None]:
     warnings.filterwarnings("ignore", module="ray")
     _send_logs_to(log)
     local = {} if address else _local_resources(recipe)
-    with _stderr_to(log):
+    with log.open("a") as file, contextlib.redirect_stdout(file), _stderr_to(file):
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local)
         except (ConnectionError, RuntimeError) as error:
@@ -84,12 +87,11 @@ def _local_resources(recipe: Recipe) -> dict[str, int | bool]:
     }
 
 
-@contextmanager
-def _stderr_to(log: Path) -> Iterator[None]:
-    """Ray's C++ core writes to the error stream itself, past all logging; for the length of the block, to the log."""
+@contextlib.contextmanager
+def _stderr_to(file: TextIO) -> Iterator[None]:
+    """Ray's C++ core writes to the error stream itself, past all logging; for the length of the block, to a file."""
     terminal = os.dup(2)
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 2)
+    os.dup2(file.fileno(), 2)
     try:
         yield
     finally:

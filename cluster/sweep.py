@@ -17,6 +17,7 @@ import numpy as np
 
 from cluster import checkpoint, corpus, evaluate, fit, gemma, publish, report, session, tracking
 from cluster.calibrate import SiteScale, calibrate
+from cluster.console import say
 from cluster.errors import UserError
 from cluster.layout import Layout, lay_out, memory, table
 from cluster.packages import GEMMA_NOTICE, is_package
@@ -44,17 +45,17 @@ def run(recipe: Recipe, *, fresh: bool, resume_command: str) -> int:
     layout = _plan(recipe)
     with folder.owned(recipe, fresh=fresh):
         if folder.summary.exists():
-            print(f"\nfinished before (FRESH=1 runs it anew)\n\n{_closing(folder)}")
+            say(f"\nfinished before (FRESH=1 runs it anew)\n\n{_closing(folder)}")
             return 0
-        print(f"details  {folder.log}", flush=True)
+        say(f"details  {folder.log}")
         stop = Stop(folder.stop)
         try:
             with stop.listening(), session.session(recipe, folder.log):
                 Sweep(recipe, layout, folder, stop).run()
         except Interrupted:
-            print(f"stopped; what is done is kept in {folder.root}. Resume with: {resume_command}")
+            say(f"stopped; what is done is kept in {folder.root}. Resume with: {resume_command}")
             return INTERRUPTED
-        print(f"\n{_closing(folder)}")
+        say(f"\n{_closing(folder)}")
         return 0
 
 
@@ -66,15 +67,15 @@ def _plan(recipe: Recipe) -> Layout:
     session.check_memory(recipe, planned)
     corpus.find(recipe.corpus)
     order = Order.of(recipe)
-    print(f"plan     {recipe.name}: {len(recipe.specs())} dictionaries from one pass of {recipe.model.name}")
-    print(table(recipe, layout, planned))
-    print(
+    say(f"plan     {recipe.name}: {len(recipe.specs())} dictionaries from one pass of {recipe.model.name}")
+    say(table(recipe, layout, planned))
+    say(
         f"text     {order.sequences * order.context:,} tokens to train on in {order.windows} windows, about "
         f"{order.steps} steps; {recipe.heldout_sequences * recipe.corpus.context:,} held out"
     )
     location = gemma.locate(recipe.model)
     if is_package(recipe.model.name):
-        print("licence  " + GEMMA_NOTICE.format(folder=location))
+        say("licence  " + GEMMA_NOTICE.format(folder=location))
     return layout
 
 
@@ -104,7 +105,7 @@ class Stop:
         if not self.fitting or self.requested:
             raise Interrupted
         self.file.touch()
-        print("\nstopping at the next step with a checkpoint; Ctrl-C again to stop at once", flush=True)
+        say("\nstopping at the next step with a checkpoint; Ctrl-C again to stop at once")
 
 
 class Sweep:
@@ -153,7 +154,7 @@ class Sweep:
         if found and found.position.done:
             return found.folder
         if found:
-            print(f"resuming at step {found.position.step}", flush=True)
+            say(f"resuming at step {found.position.step}")
         job = fit.Job(
             self.recipe, self.layout, scales, self.folder.tokens / "train.npy", self.folder.train, self.folder.stop
         )
@@ -189,10 +190,10 @@ class Sweep:
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         started = time.monotonic()
-        print(f"{name} …", flush=True)
+        say(f"{name} …")
         yield
         self.seconds[name] = time.monotonic() - started
-        print(f"{name} done in {self.seconds[name]:.0f} s", flush=True)
+        say(f"{name} done in {self.seconds[name]:.0f} s")
 
 
 def _cause(error: BaseException) -> str:
