@@ -1,4 +1,4 @@
-"""What a person reads while a sweep runs. Everything else that is printed, Ray's messages above all, goes to the log."""
+"""What a person reads while a sweep runs. The rest, Ray's messages above all, goes to the log."""
 
 import sys
 

@@ -35,14 +35,19 @@ def find(corpus: Corpus) -> tuple[pafs.FileSystem, list[str], str]:
     files = [path for _, paths in found for path in paths]
     formats = {next((end for end in FORMATS if path.endswith(end)), Path(path).suffix) for path in files}
     if len(formats) > 1 or not formats <= set(FORMATS):
-        raise UserError("corpus.paths", f"holds {', '.join(sorted(formats))}: name files of one format of {', '.join(FORMATS)}")
+        raise UserError(
+            "corpus.paths", f"holds {', '.join(sorted(formats))}: name files of one format of {', '.join(FORMATS)}"
+        )
     if len({type(filesystem) for filesystem, _ in found}) > 1:
         raise UserError("corpus.paths", "mixes local and s3:// files: name files of one place")
     filesystem = found[0][0]
     size = sum(info.size for info in filesystem.get_file_info(files))
     wanted = corpus.train_tokens + corpus.heldout_tokens
     if formats != {".parquet"} and size < wanted:  # no token is shorter than a byte
-        raise UserError("corpus.train_tokens", f"{wanted:,} tokens with the held-out ones, but the text has only {size:,} bytes: lower it or add text")
+        raise UserError(
+            "corpus.train_tokens",
+            f"{wanted:,} tokens with the held-out ones, but the text has only {size:,} bytes: lower it or add text",
+        )
     _probe(filesystem, files[0], formats.copy().pop(), corpus.text_column)
     return filesystem, files, formats.pop()
 
@@ -59,7 +64,7 @@ def _expand(pattern: str) -> tuple[pafs.FileSystem, list[str]]:
 
 
 def _expand_s3(pattern: str) -> tuple[pafs.FileSystem, list[str]]:
-    """Lists with boto3, which finds endpoint and keys as every AWS client does; reads with pyarrow, as Ray Data does."""
+    """Lists with boto3, which finds endpoint and keys as AWS clients do; reads with pyarrow, as Ray Data does."""
     import fnmatch
 
     import boto3
@@ -74,7 +79,10 @@ def _expand_s3(pattern: str) -> tuple[pafs.FileSystem, list[str]]:
         keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
         frozen = boto3.Session().get_credentials().get_frozen_credentials()
     except (BotoCoreError, ClientError, AttributeError) as error:
-        raise UserError("corpus.paths", f"{pattern!r} cannot be listed ({error}): check the bucket, the AWS_* variables and AWS_ENDPOINT_URL") from error
+        raise UserError(
+            "corpus.paths",
+            f"{pattern!r} cannot be listed ({error}): check the bucket, the AWS_* variables and AWS_ENDPOINT_URL",
+        ) from error
     files = sorted(f"{bucket}/{name}" for name in keys if name == key or fnmatch.fnmatchcase(name, key))
     if not files:
         raise UserError("corpus.paths", f"{pattern!r} matches no object: check the bucket and the key")
@@ -104,7 +112,9 @@ def _probe(filesystem: pafs.FileSystem, path: str, format: str, column: str) -> 
     except (OSError, ValueError, TypeError) as error:
         raise UserError("corpus.paths", f"{path} is not readable as {format} ({str(error).splitlines()[0]})") from error
     if column not in names:
-        raise UserError("corpus.text_column", f"{column!r} is not in {path}, which has {', '.join(names)}: name one of these")
+        raise UserError(
+            "corpus.text_column", f"{column!r} is not in {path}, which has {', '.join(names)}: name one of these"
+        )
 
 
 class Tokenise:
@@ -118,10 +128,12 @@ class Tokenise:
     def __call__(self, batch: pa.Table) -> pa.Table:
         texts = [_text(value) for value in batch[self.column].to_pylist()]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        return pa.table({
-            "ids": pa.array([np.asarray(document, np.int32).tobytes() for document in ids], pa.binary()),
-            "heldout": pa.array([_is_heldout(text) for text in texts], pa.bool_()),
-        })
+        return pa.table(
+            {
+                "ids": pa.array([np.asarray(document, np.int32).tobytes() for document in ids], pa.binary()),
+                "heldout": pa.array([_is_heldout(text) for text in texts], pa.bool_()),
+            }
+        )
 
 
 def _text(value: Any) -> str:
@@ -188,7 +200,8 @@ def _pack(recipe: Recipe) -> dict[str, Packer]:
     side = next(side for side, packer in packers.items() if not packer.full)
     have = len(packers[side].sequences) * corpus.context
     raise UserError(
-        f"corpus.{side}_tokens", f"{wanted[side] * corpus.context:,} asked for, but the text gives only {have:,} "
+        f"corpus.{side}_tokens",
+        f"{wanted[side] * corpus.context:,} asked for, but the text gives only {have:,} "
         f"({side} documents are {'a tenth' if side == 'heldout' else 'nine tenths'} of it): lower it or add text",
     )
 

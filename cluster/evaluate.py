@@ -4,6 +4,7 @@ Splicing replaces the rows that dictionaries are trained on, and leaves BOS and 
 other end of the scale zeroes those same rows. Loss recovered = (zeroed − spliced) / (zeroed − clean).
 """
 
+import functools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -46,10 +47,15 @@ class Scores(NamedTuple):
 
 
 class Evaluator:
-    """Ray Data UDF: held-out block numbers → the sums from which `Scores` follow. Owns one model and all dictionaries."""
+    """Ray Data UDF: held-out block numbers → sums from which `Scores` follow. Owns one model and all dictionaries."""
 
     def __init__(
-        self, recipe: Recipe, folders: dict[str, Path], specs: list[DictionarySpec], scales: dict[str, SiteScale], tokens_path: Path
+        self,
+        recipe: Recipe,
+        folders: dict[str, Path],
+        specs: list[DictionarySpec],
+        scales: dict[str, SiteScale],
+        tokens_path: Path,
     ):
         torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
         self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
@@ -62,7 +68,8 @@ class Evaluator:
         self.sequences = recipe.harvest.sequences
         self.loss_sequences = math.ceil(recipe.evaluation.loss_tokens / recipe.corpus.context)
         self.dictionaries = {
-            id: Dictionary(*(tensor.to(self.device) for tensor in artifact.read(folder)[0])) for id, folder in folders.items()
+            id: Dictionary(*(tensor.to(self.device) for tensor in artifact.read(folder)[0]))
+            for id, folder in folders.items()
         }
 
     @torch.no_grad()
@@ -116,10 +123,7 @@ def _reconstruct(dictionary: Dictionary, x_BD: Tensor) -> tuple[HeldoutSums, Ten
         latents_BF = dictionary.encode(part_BD)
         rebuilt.append(dictionary.decode(latents_BF))
         sums.append(HeldoutSums.of(part_BD, rebuilt[-1], latents_BF))
-    total = sums[0]
-    for part in sums[1:]:
-        total = total.plus(part)
-    return total, torch.cat(rebuilt)
+    return functools.reduce(HeldoutSums.plus, sums), torch.cat(rebuilt)
 
 
 class Evaluated(NamedTuple):
@@ -149,7 +153,7 @@ def evaluate(
 
 
 def _total(parts: list[dict[str, Any]]) -> Evaluated:
-    sums = HeldoutSums(*(sum(values) for values in zip(*(_sums(part) for part in parts), strict=True)))
+    sums = functools.reduce(HeldoutSums.plus, map(_sums, parts))
     predicted = sum(part["predicted"] for part in parts)
     clean, spliced, zeroed = (sum(part[name] for part in parts) / predicted for name in ("clean", "spliced", "zeroed"))
     scores = Scores(

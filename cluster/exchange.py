@@ -35,7 +35,9 @@ def exchange(
         output_split_sizes=[count * row_sizes[rank] for count in counts],
         input_split_sizes=[counts[rank] * size for size in row_sizes],
     )
-    return ids[order], {key: rows[order] for key, rows in _by_site(received, counts, keys_by_rank[rank], widths).items()}
+    return ids[order], {
+        key: rows[order] for key, rows in _by_site(received, counts, keys_by_rank[rank], widths).items()
+    }
 
 
 def _gather_counts(mine: int, world: int, device: torch.device) -> list[int]:

@@ -46,22 +46,27 @@ class Job(NamedTuple):
         """
         order, committed = Order.of(self.recipe), checkpoint.newest(self.train_folder)
         first = order.blocks_of(committed.position.window).start if committed else 0
-        return harvest.activations(
-            self.recipe, self.layout.sites, self.scales, self.tokens_path, first, order.blocks
-        )
+        return harvest.activations(self.recipe, self.layout.sites, self.scales, self.tokens_path, first, order.blocks)
 
 
 class EveryRow(DataConfig):
     """Ray Train's own split drops rows so that all ranks get equally many; windows need no such equality."""
 
     def configure(
-        self, datasets: dict[str, ray.data.Dataset], world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
+        self,
+        datasets: dict[str, ray.data.Dataset],
+        world_size: int,
+        worker_handles: Any,
+        worker_node_ids: Any,
+        **_: Any,
     ) -> list[dict[str, ray.data.DataIterator]]:
         splits: list[dict[str, ray.data.DataIterator]] = [{} for _ in range(world_size)]
         for name, dataset in datasets.items():
             dataset = dataset.copy(dataset)
             dataset.context.execution_options.preserve_order = True
-            for rank, split in enumerate(dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)):
+            for rank, split in enumerate(
+                dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
+            ):
                 splits[rank][name] = split
         return splits
 
@@ -76,15 +81,16 @@ def run(job: Job, reporter: FitReporter, attempt: str) -> None:
         datasets={STREAM: job.stream},
         dataset_config=EveryRow(),
         scaling_config=ScalingConfig(
-            num_workers=fit.workers, use_gpu=fit.gpu, resources_per_worker={"CPU": fit.cpus_per_worker}
-            | ({"GPU": 1} if fit.gpu else {}),
+            num_workers=fit.workers,
+            use_gpu=fit.gpu,
+            resources_per_worker={"CPU": fit.cpus_per_worker} | ({"GPU": 1} if fit.gpu else {}),
         ),
         run_config=RunConfig(
             name=attempt,
             storage_path=str(job.train_folder),
             failure_config=FailureConfig(max_failures=fit.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=[reporter],
+            callbacks=[reporter],  # type: ignore[list-item]  # Ray's annotation names Tune's callbacks
         ),
     ).fit()
 

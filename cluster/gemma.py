@@ -1,7 +1,7 @@
 """Gemma 3: finding a checkpoint, loading it, and capturing or replacing the tensors at its sites."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def text_config(model: Model) -> Any:
     except Exception as error:  # transformers and the hub raise many kinds; all mean that the model is not there
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            "model.name", f"{model.name!r} is no local folder and no model that could be fetched ({reason:.160}): "
+            "model.name",
+            f"{model.name!r} is no local folder and no model that could be fetched ({reason:.160}): "
             "name a Gemma 3 folder, a Hugging Face name, or package:gemma-3-270m",
         ) from error
     if config.model_type not in GEMMA_3_TYPES:
@@ -86,7 +87,9 @@ Edit = Callable[[Tensor], Tensor | None]
 def hooked(model: nn.Module, edits: dict[Site, Edit]) -> Iterator[None]:
     """Within the block each forward pass calls the edits with their site's tensor [sequences, T, D]; a tensor
     that an edit returns takes its place."""
-    handles = [_hook(trunk(model).get_submodule(f"layers.{site.layer}"), site.name, edit) for site, edit in edits.items()]
+    handles = [
+        _hook(trunk(model).get_submodule(f"layers.{site.layer}"), site.name, edit) for site, edit in edits.items()
+    ]
     try:
         yield
     finally:
@@ -96,6 +99,7 @@ def hooked(model: nn.Module, edits: dict[Site, Edit]) -> Iterator[None]:
 
 def _hook(layer: nn.Module, name: str, edit: Edit) -> Any:
     if name == "attn_out":  # the only site that is a module's input
+
         def before(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
             edited = edit(inputs[0])
             return None if edited is None else (edited,)
@@ -123,11 +127,8 @@ def capture(model: nn.Module, tokens: Tensor, sites: list[Site]) -> dict[Site, T
 
         return edit
 
-    with hooked(model, {site: keep(site) for site in sites}):
-        try:
-            trunk(model)(tokens)
-        except _Stop:
-            pass
+    with hooked(model, {site: keep(site) for site in sites}), suppress(_Stop):
+        trunk(model)(tokens)
     return captured
 
 
@@ -135,8 +136,9 @@ def capture(model: nn.Module, tokens: Tensor, sites: list[Site]) -> dict[Site, T
 def loss(model: nn.Module, tokens: Tensor) -> float:
     """Sum over all predicted tokens of the cross-entropy in nats; tokens [sequences, T]."""
     hidden = trunk(model)(tokens).last_hidden_state
+    head = model.get_submodule("lm_head")
     total = 0.0
     for sequence_TD, ids_T in zip(hidden, tokens, strict=True):  # one sequence's logits at a time bound the memory
-        logits = model.get_output_embeddings()(sequence_TD[:-1]).float()
+        logits = head(sequence_TD[:-1]).float()
         total += nn.functional.cross_entropy(logits, ids_T[1:], reduction="sum").item()
     return total

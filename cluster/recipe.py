@@ -142,7 +142,9 @@ class Recipe(Strict):
         shared = self.model_dump(include={"seed", "model", "corpus", "stream", "training"})
         harvest = self.harvest.model_dump(include={"sequences", "calibration_sequences", "outlier_norm"})
         identity = json.dumps([shared, harvest, cell], sort_keys=True).encode()
-        name = "{site}-{layer}-{activation}-{width}-l0-{l0}".format(**cell | {"width": artifact.width_label(cell["width"])})
+        name = "{site}-{layer}-{activation}-{width}-l0-{l0}".format(
+            **cell | {"width": artifact.width_label(cell["width"])}
+        )
         id = f"{name}-{hashlib.sha256(identity).hexdigest()[:8]}"
         return DictionarySpec(id=id, seed=self.seed, training=self.training, **cell)
 
@@ -170,7 +172,9 @@ def load(path: str) -> Recipe:
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError("recipe", f"cannot read {path} ({error}): name a YAML file such as jobs/recipes/demo.yaml") from error
+        raise UserError(
+            "recipe", f"cannot read {path} ({error}): name a YAML file such as jobs/recipes/demo.yaml"
+        ) from error
     except yaml.YAMLError as error:
         raise UserError("recipe", f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -184,10 +188,14 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
     except ValidationError as error:
         raise _explain(error) from error
     if recipe.train_sequences == 0 or recipe.heldout_sequences == 0:
-        raise UserError("corpus.context", f"{recipe.corpus.context} tokens do not fit into train_tokens and heldout_tokens: lower it")
+        raise UserError(
+            "corpus.context",
+            f"{recipe.corpus.context} tokens do not fit into train_tokens and heldout_tokens: lower it",
+        )
     if recipe.stream.window_sequences % recipe.harvest.sequences:
         raise UserError(
-            "stream.window_sequences", f"{recipe.stream.window_sequences} is no multiple of harvest.sequences "
+            "stream.window_sequences",
+            f"{recipe.stream.window_sequences} is no multiple of harvest.sequences "
             f"({recipe.harvest.sequences}): a window holds whole forward passes",
         )
     recipe.specs()

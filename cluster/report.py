@@ -55,7 +55,11 @@ def draw_frontier(path: Path, recipe: Recipe, summary: list[dict[str, Any]]) -> 
     several_widths = len({row["width"] for row in summary}) > 1
     for (site, layer, width), colour in zip(places, colours, strict=True):
         for activation, style in {"batch_topk": "o-", "jumprelu": "s--"}.items():
-            curve = [r for r in summary if (r["site"], r["layer"], r["width"], r["activation"]) == (site, layer, width, activation)]
+            curve = [
+                r
+                for r in summary
+                if (r["site"], r["layer"], r["width"], r["activation"]) == (site, layer, width, activation)
+            ]
             curve.sort(key=lambda row: row["l0"])
             label = f"{site} {layer}{f', {width:,} latents' if several_widths else ''}, {activation}"
             if curve:
@@ -84,6 +88,9 @@ def draw_frequencies(path: Path, title: str, evaluated: Evaluated) -> None:
     axes.hist(np.log10(alive), bins=50)
     axes.set_xlabel("log10 of the share of rows on which a latent is active")
     axes.set_ylabel("latents")
-    axes.set_title(f"{title}\n{len(alive):,} of {len(frequencies):,} latents fired on {evaluated.scores.rows:,} held-out rows", fontsize="medium")
+    axes.set_title(
+        f"{title}\n{len(alive):,} of {len(frequencies):,} latents fired on {evaluated.scores.rows:,} held-out rows",
+        fontsize="medium",
+    )
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

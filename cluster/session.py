@@ -7,7 +7,7 @@ import secrets
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from cluster.errors import UserError
 from cluster.layout import GIB, Memory
@@ -45,7 +45,8 @@ def check_memory(recipe: Recipe, planned: Memory) -> None:
     needed, available = planned.total(recipe) + OBJECT_STORE_BYTES, psutil.virtual_memory().available
     if needed > available:
         raise UserError(
-            "sweep", f"needs {needed / GIB:.1f} GiB and this machine has {available / GIB:.1f} GiB free: "
+            "sweep",
+            f"needs {needed / GIB:.1f} GiB and this machine has {available / GIB:.1f} GiB free: "
             "lower widths, list fewer dictionaries, or submit it to a cluster",
         )
 
@@ -62,10 +63,14 @@ def session(recipe: Recipe, log: Path) -> Iterator[None]:
     local = {} if address else _local_resources(recipe)
     with log.open("a") as file, contextlib.redirect_stdout(file), _stderr_to(file):
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local)
+            ray.init(
+                address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local
+            )
         except (ConnectionError, RuntimeError) as error:
             where = f"the cluster at {address}" if address else "a local Ray"
-            raise UserError("RAY_ADDRESS", f"{where} could not be reached ({str(error).splitlines()[0]:.160})") from error
+            raise UserError(
+                "RAY_ADDRESS", f"{where} could not be reached ({str(error).splitlines()[0]:.160})"
+            ) from error
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
@@ -76,7 +81,7 @@ def session(recipe: Recipe, log: Path) -> Iterator[None]:
             ray.shutdown()
 
 
-def _local_resources(recipe: Recipe) -> dict[str, int | bool]:
+def _local_resources(recipe: Recipe) -> dict[str, Any]:
     """Logical CPUs for all that must run at once, whatever the machine has: a laptop's two cores are shared."""
     fit = recipe.fit.workers * recipe.fit.cpus_per_worker
     wanted = int(fit + recipe.harvest.actors * recipe.harvest.cpus) + 2

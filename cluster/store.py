@@ -49,12 +49,16 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = open(self.root / ".lock", "w")  # noqa: SIM115, held until the end of the block
         except OSError as error:
-            raise UserError("output", f"{self.root} cannot be written ({error.strerror}): name a folder that can") from error
+            raise UserError(
+                "output", f"{self.root} cannot be written ({error.strerror}): name a folder that can"
+            ) from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError("output", f"another sweep is running in {self.root}: wait for it or name another folder") from None
+                raise UserError(
+                    "output", f"another sweep is running in {self.root}: wait for it or name another folder"
+                ) from None
             if fresh:
                 self._empty()
             new = not self.recipe.exists()
@@ -73,10 +77,18 @@ class RunFolder:
                 raise UserError("output", f"{self.root} holds {strangers[0]} and no sweep: name an empty or new folder")
             return replace_text(self.recipe, recipe.to_yaml())
         kept = yaml.safe_load(self.recipe.read_text())
-        changed = next((key for key, value in results_of(recipe.model_dump(mode="json")).items() if results_of(kept)[key] != value), None)
+        changed = next(
+            (
+                key
+                for key, value in results_of(recipe.model_dump(mode="json")).items()
+                if results_of(kept)[key] != value
+            ),
+            None,
+        )
         if changed:
             raise UserError(
-                "output", f"{self.root} holds a sweep of another recipe ({changed} differs): "
+                "output",
+                f"{self.root} holds a sweep of another recipe ({changed} differs): "
                 "name another folder, or start anew with FRESH=1 or --fresh",
             )
 

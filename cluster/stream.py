@@ -119,8 +119,8 @@ class WindowReader:
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(everyone, mine, group=self.group)
         table = torch.stack(everyone)
-        arrived, total = table[:, : len(numbers)].sum(0), table[:, len(numbers) : -1].amax(0)
-        return bool(((arrived == total) & (total > 0)).all() or table[:, -1].all())
+        arrived, promised = table[:, : len(numbers)].sum(0), table[:, len(numbers) : -1].amax(0)
+        return bool(((arrived == promised) & (promised > 0)).all() or table[:, -1].all())
 
     def _take(self, number: int) -> Window:
         numbers = self.order.blocks_of(number)

@@ -18,7 +18,6 @@ import numpy as np
 from cluster import checkpoint, corpus, evaluate, fit, gemma, publish, report, session, tracking
 from cluster.calibrate import SiteScale, calibrate
 from cluster.console import say
-from cluster.errors import UserError
 from cluster.layout import Layout, lay_out, memory, table
 from cluster.packages import GEMMA_NOTICE, is_package
 from cluster.progress import LiveLine
@@ -176,7 +175,10 @@ class Sweep:
                 failures.append(error)
 
         self.folder.progress.unlink(missing_ok=True)
-        line, thread = LiveLine(self.folder.progress, self.layout, Order.of(self.recipe)), threading.Thread(target=body, daemon=True)
+        line, thread = (
+            LiveLine(self.folder.progress, self.layout, Order.of(self.recipe)),
+            threading.Thread(target=body, daemon=True),
+        )
         self.stop.fitting = True
         thread.start()
         while thread.is_alive():
@@ -215,14 +217,16 @@ def _closing(folder: RunFolder) -> str:
     uri = tracking.tracking_uri(folder.root)
     mlflow = Path(sys.executable).with_name("mlflow")
     dashboard = f"open {uri}" if uri.startswith("http") else f"{mlflow} server --backend-store-uri {uri} --port 5000"
-    return "\n".join([
-        report.table(summary["dictionaries"]),
-        "",
-        f"published  {folder.published}",
-        f"picture    {folder.frontier}",
-        f"summary    {folder.summary}",
-        f"MLflow     {dashboard}",
-    ])
+    return "\n".join(
+        [
+            report.table(summary["dictionaries"]),
+            "",
+            f"published  {folder.published}",
+            f"picture    {folder.frontier}",
+            f"summary    {folder.summary}",
+            f"MLflow     {dashboard}",
+        ]
+    )
 
 
 def explain_failure(error: Exception, log: Path) -> str:

@@ -55,7 +55,14 @@ class HeldoutSums(NamedTuple):
         )
 
     def plus(self, other: "HeldoutSums") -> "HeldoutSums":
-        return HeldoutSums(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        return HeldoutSums(
+            rows=self.rows + other.rows,
+            squared_error=self.squared_error + other.squared_error,
+            active=self.active + other.active,
+            row_sum_D=self.row_sum_D + other.row_sum_D,
+            square_sum=self.square_sum + other.square_sum,
+            fired_F=self.fired_F + other.fired_F,
+        )
 
     @property
     def fvu(self) -> float:

@@ -83,9 +83,7 @@ class TrainingDictionary:
     def _pre_activations(self, centred_BD: Tensor) -> Tensor:
         if len(self.pre_buffer) != len(centred_BD):
             self.pre_buffer = torch.empty(len(centred_BD), self.spec.width, device=self.device)
-        return torch.addmm(
-            self.parameters["b_enc_F"], centred_BD, self.parameters["w_enc_FD"].T, out=self.pre_buffer
-        )
+        return torch.addmm(self.parameters["b_enc_F"], centred_BD, self.parameters["w_enc_FD"].T, out=self.pre_buffer)
 
     def _set_gradients(self, centred_BD: Tensor, error_BD: Tensor, pairs: Pairs, warmup: float) -> None:
         w_enc_FD, b_enc_F, w_dec_FD, b_dec_D = self.parameters.values()

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ WORDS = [
     "".join(random.Random(n).choices("abcdefghijklmnopqrstuvwxyz", k=3 + n % 5)) for n in range(200)
 ]  # the tiny model's whole vocabulary, besides its special tokens
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -78,7 +85,7 @@ def documents(tmp_path_factory) -> Path:
     return write_documents(tmp_path_factory.mktemp("corpus") / "documents.jsonl", 1200, seed=1)
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_recipe(tiny_gemma: Path, documents: Path, tmp_path: Path) -> dict:
     """Six dictionaries of the tiny model; about 120 steps in 15 windows."""
     return {
@@ -90,7 +97,8 @@ def tiny_recipe(tiny_gemma: Path, documents: Path, tmp_path: Path) -> dict:
         "stream": {"window_sequences": 128, "batch_rows": 512},
         "sweep": [
             {"layers": [0, 2, 3], "activations": ["batch_topk"], "widths": [64], "l0s": [8]},
-            {"layers": [1], "sites": ["attn_out", "mlp_in", "mlp_out"], "activations": ["jumprelu"], "widths": [64], "l0s": [8]},
+            {"layers": [1], "sites": ["attn_out", "mlp_in", "mlp_out"], "activations": ["jumprelu"], "widths": [64],
+             "l0s": [8]},
         ],
         "fit": {"workers": 2, "cpus_per_worker": 0.5, "report_every_steps": 1, "checkpoint_every_steps": 10},
         "evaluation": {"loss_tokens": 512},

@@ -22,7 +22,9 @@ def fit(recipe: Recipe, tokens: np.ndarray) -> dict[str, Dictionary]:
     layers = sorted({spec.layer for spec in specs})
     outputs: dict[int, torch.Tensor] = {}
     for layer in layers:
-        model.model.layers[layer].register_forward_hook(lambda _, inputs, out, layer=layer: outputs.update({layer: out}))
+        model.model.layers[layer].register_forward_hook(
+            lambda _, inputs, out, layer=layer: outputs.update({layer: out})
+        )
 
     with torch.no_grad():
         sample = everything[: recipe.harvest.calibration_sequences]

@@ -35,11 +35,13 @@ latents = sae.encode(rows)
 save_file({"latents": latents, "rebuilt": sae.decode(latents)}, answer)
 """
 
-@pytest.fixture()
+
+@pytest.fixture
 def published(tmp_path: Path) -> tuple[Path, str, torch.Tensor]:
     """A suite folder with one trained and folded dictionary, its path in the suite, and raw rows."""
     spec = DictionarySpec(
-        id="x", site="resid_post", layer=9, kind="sae", activation="batch_topk", width=128, l0=8, seed=0, training=Training()
+        id="x", site="resid_post", layer=9, kind="sae", activation="batch_topk", width=128, l0=8, seed=0,
+        training=Training(),
     )  # fmt: skip
     dictionary = TrainingDictionary(spec, 64, torch.device("cpu"))
     rows = torch.randn(512, 64, generator=torch.Generator().manual_seed(0)) + 0.5
@@ -83,7 +85,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture()
+@pytest.fixture
 def hub(published) -> Iterator[str]:
     """Serves the suite as a repository; the endpoint."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("SuiteHub", (Hub,), {"suite": published[0]}))
@@ -96,8 +98,21 @@ def test_saelens__loads_the_folder_and_encodes_equally(published, hub: str, tmp_
     suite, name, rows = published
     ours, _ = artifact.read(suite / name)
     save_file({"rows": rows}, tmp_path / "given.safetensors")
-    command = [sys.executable, "-c", READER, REPOSITORY, name, str(tmp_path / "given.safetensors"), str(tmp_path / "answer.safetensors")]
-    environment = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [
+        sys.executable,
+        "-c",
+        READER,
+        REPOSITORY,
+        name,
+        str(tmp_path / "given.safetensors"),
+        str(tmp_path / "answer.safetensors"),
+    ]
+    environment = os.environ | {
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     theirs = load_file(tmp_path / "answer.safetensors")

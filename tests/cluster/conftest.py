@@ -10,7 +10,9 @@ def ray_session():
     import ray
     import ray.data
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, object_store_memory=2**28)
+    ray.init(
+        num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, object_store_memory=2**28
+    )
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     yield
     ray.shutdown()

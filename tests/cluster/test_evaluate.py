@@ -14,12 +14,14 @@ from sae.dictionary import Dictionary
 BOS = 2
 
 
-@pytest.fixture()
+@pytest.fixture
 def parts(tiny_recipe: dict, tmp_path: Path):
     """A recipe with two dictionaries at layer 2, their artifacts, the scales and held-out tokens of 20 sequences."""
     grid = {"layers": [2], "activations": ["batch_topk", "jumprelu"], "widths": [64], "l0s": [8]}
     corpus = tiny_recipe["corpus"] | {"heldout_tokens": 20 * 32}
-    parsed = recipe.parse(tiny_recipe | {"sweep": [grid], "corpus": corpus, "harvest": {"sequences": 8, "outlier_norm": 1.05}})
+    parsed = recipe.parse(
+        tiny_recipe | {"sweep": [grid], "corpus": corpus, "harvest": {"sequences": 8, "outlier_norm": 1.05}}
+    )
     g = torch.Generator().manual_seed(0)
     tokens = torch.randint(4, 200, (20, 32), generator=g)
     tokens[:, 0] = BOS
@@ -53,7 +55,9 @@ def test_evaluate__equals_a_direct_computation(ray_session, parts) -> None:
         scores = results[spec.id].scores
         assert 0 < scores.rows_dropped == int((tokens != BOS).sum()) - len(x)
         assert scores.rows == len(x)
-        assert scores.fvu == pytest.approx(((rebuilt - x).square().sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-4)
+        assert scores.fvu == pytest.approx(
+            ((rebuilt - x).square().sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-4
+        )
         assert scores.l0 == pytest.approx((latents > 0).sum().item() / len(x))
         assert scores.dead_fraction == pytest.approx(((latents > 0).sum(0) == 0).float().mean().item())
         assert np.array_equal(results[spec.id].fired_F, (latents > 0).sum(0).numpy())
@@ -67,17 +71,18 @@ def loss_by_hand(model, tokens, site, mask, dictionary) -> tuple[float, float, f
     """Clean, spliced and zeroed loss a predicted token, by editing the layer's output with a plain hook."""
 
     def run(edit) -> float:
-        def hook(_, inputs, output):
-            output = output.clone()
-            output[current] = edit(output[current])
-            return output
-
         total = 0.0
-        handle = gemma.trunk(model).layers[site.layer].register_forward_hook(hook)
-        for part, current in zip(tokens.split(8), mask.split(8), strict=True):
-            logits = model(input_ids=part).logits[:, :-1].float()
-            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
-        handle.remove()
+        for part, rows in zip(tokens.split(8), mask.split(8), strict=True):
+
+            def hook(_, inputs, output, rows=rows):
+                output = output.clone()
+                output[rows] = edit(output[rows])
+                return output
+
+            handle = gemma.trunk(model).layers[site.layer].register_forward_hook(hook)
+            logits = model(input_ids=part).logits[:, :-1].float().flatten(0, 1)
+            handle.remove()
+            total += torch.nn.functional.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum").item()
         return total / tokens[:, 1:].numel()
 
     def splice(rows: torch.Tensor) -> torch.Tensor:

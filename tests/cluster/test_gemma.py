@@ -41,7 +41,8 @@ def reference(model: torch.nn.Module) -> dict[Site, torch.Tensor]:
     """Each site by its hook string in Gemma Scope 2's config, read off a full forward pass."""
     layers, captured, handles = gemma.trunk(model).layers, {}, []
     for site in SITES:
-        path, end = site.hook_point.removeprefix(f"model.layers.{site.layer}").lstrip(".").rsplit(".", 1) if site.name != "resid_post" else ("", "output")  # fmt: skip
+        place = site.hook_point.removeprefix(f"model.layers.{site.layer}.")
+        path, _, end = place.rpartition(".")
 
         def keep(module, inputs, output, site=site, end=end):
             captured[site] = inputs[0].clone() if end == "input" else output.clone()

@@ -60,7 +60,9 @@ def run_rank(rank: int, world: int, seed: int, first_window: int, rendezvous: st
     dist.destroy_process_group()
 
 
-def batches(world: int, seed: int, tmp_path, first_window: int = 0) -> dict[tuple[str, int, int], tuple[str, list[int]]]:
+def batches(
+    world: int, seed: int, tmp_path, first_window: int = 0
+) -> dict[tuple[str, int, int], tuple[str, list[int]]]:
     with mp.Manager() as manager:
         results = manager.list()
         rendezvous = str(tmp_path / f"rendezvous-{world}-{seed}-{first_window}")

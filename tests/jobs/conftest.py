@@ -64,7 +64,7 @@ class Job:
             time.sleep(0.02)
 
 
-@pytest.fixture()
+@pytest.fixture
 def run_job(tmp_path: Path):
     """Starts jobs that end with the test."""
     jobs: list[Job] = []

@@ -40,9 +40,9 @@ CASES = {
     "another text column": ("corpus.text_column", "body", ["corpus.text_column", "body", "text"]),
     "less text than tokens": ("corpus.train_tokens", 10**9, ["corpus.train_tokens", "lower it or add text"]),
     "more workers than dictionaries": ("fit.workers", 7, ["fit.workers", "at most one each"]),
-    "a window of broken forward passes": ("stream.window_sequences", 12, ["stream.window_sequences", "harvest.sequences"]),
+    "a window of broken forward passes": ("stream.window_sequences", 12, ["stream.window_seq", "harvest.sequences"]),
     "more memory than there is": ("sweep.0.widths", [400_000_000], ["sweep", "GiB", "lower widths"]),
-    "a folder that cannot be written": ("output", "/proc/nowhere/run", ["output", "/proc/nowhere/run", "name a folder"]),
+    "a folder that cannot be written": ("output", "/proc/nowhere/run", ["output", "/proc/nowhere", "name a folder"]),
 }  # fmt: skip
 
 
@@ -71,7 +71,9 @@ def test_bad_recipe(name: str, tiny_recipe: dict, tmp_path: Path, monkeypatch, c
     assert not Path(tiny_recipe["output"]).exists()  # nothing half-written
 
 
-@pytest.mark.parametrize(("content", "part"), [("a: [", "is not YAML"), ("just words", "not a mapping"), (None, "cannot read")])
+@pytest.mark.parametrize(
+    ("content", "part"), [("a: [", "is not YAML"), ("just words", "not a mapping"), (None, "cannot read")]
+)
 def test_bad_file(content: str | None, part: str, tmp_path: Path, monkeypatch, capsys) -> None:
     path = tmp_path / "recipe.yaml"
     if content is not None:
@@ -83,9 +85,15 @@ def test_bad_file(content: str | None, part: str, tmp_path: Path, monkeypatch, c
 
 @pytest.mark.parametrize(
     ("name", "content", "part"),
-    [("empty.jsonl", b"", "has only 0 bytes"), ("broken.jsonl", b"\x00\xff{" * 99_999, "not readable as .jsonl"), ("broken.parquet", b"PAR1" * 9, "not readable as .parquet")],
+    [
+        ("empty.jsonl", b"", "has only 0 bytes"),
+        ("broken.jsonl", b"\x00\xff{" * 99_999, "not readable as .jsonl"),
+        ("broken.parquet", b"PAR1" * 9, "not readable as .parquet"),
+    ],
 )
-def test_bad_corpus_file(name: str, content: bytes, part: str, tiny_recipe: dict, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_bad_corpus_file(
+    name: str, content: bytes, part: str, tiny_recipe: dict, tmp_path: Path, monkeypatch, capsys
+) -> None:
     (tmp_path / name).write_bytes(content)
     recipe = changed(tiny_recipe, "corpus.paths", [str(tmp_path / name)])
     code, error = run(monkeypatch, capsys, recipe, tmp_path)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,23 +11,23 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conftest import free_port
 from tests.jobs.conftest import ROOT
+from tests.test_readme import submit_command
 
 pytestmark = pytest.mark.slow
 RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A head of four CPUs with token authentication, in a process group of its own; (address, environment)."""
     token = "c0ffee" * 8
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}"}
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}",
+    }
     environment.pop("RAY_ADDRESS", None)
     environment["SCOPEWORKS_HOME"] = str(tmp_path_factory.mktemp("home"))
     dashboard, gcs, client = free_port(), free_port(), free_port()
@@ -58,7 +57,7 @@ def cluster(tmp_path_factory):
 
 def submit(cluster, recipe_path: str, **environment: str) -> subprocess.CompletedProcess:
     address, base = cluster
-    command = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", "python", "jobs/sweep.py", recipe_path]
+    command = [RAY, *submit_command(address, recipe_path)[1:]]
     return subprocess.run(command, cwd=ROOT, env=base | environment, capture_output=True, text=True, timeout=300)
 
 
@@ -68,7 +67,11 @@ def last_job(cluster) -> dict:
     address, environment = cluster
     client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"})
     newest = max(client.list_jobs(), key=lambda details: details.start_time)
-    return {"status": newest.status, "exit_code": newest.driver_exit_code, "logs": client.get_job_logs(newest.submission_id)}
+    return {
+        "status": newest.status,
+        "exit_code": newest.driver_exit_code,
+        "logs": client.get_job_logs(newest.submission_id),
+    }
 
 
 def test_submit__publishes_all_four_sites_into_the_clusters_home(cluster, tiny_recipe: dict, tmp_path: Path) -> None:
@@ -84,7 +87,9 @@ def test_submit__publishes_all_four_sites_into_the_clusters_home(cluster, tiny_r
     assert str(output / "published") in job["logs"]
 
 
-def test_submit__a_failed_sweep_is_a_failed_job_whose_last_line_says_why(cluster, tiny_recipe: dict, tmp_path: Path) -> None:
+def test_submit__a_failed_sweep_is_a_failed_job_whose_last_line_says_why(
+    cluster, tiny_recipe: dict, tmp_path: Path
+) -> None:
     path = tmp_path / "recipe.yaml"
     tiny_recipe["sweep"][0]["layers"] = [40]
     path.write_text(yaml.safe_dump(tiny_recipe))
@@ -99,5 +104,9 @@ def test_submit__without_the_token_nothing_runs(cluster, wrong: dict[str, str]) 
     before = last_job(cluster)["logs"]
     done = submit(cluster, "jobs/recipes/demo.yaml", **wrong)
     assert done.returncode != 0
-    assert "401" in done.stdout + done.stderr or "403" in done.stdout + done.stderr or "token" in (done.stdout + done.stderr).lower()
+    assert (
+        "401" in done.stdout + done.stderr
+        or "403" in done.stdout + done.stderr
+        or "token" in (done.stdout + done.stderr).lower()
+    )
     assert last_job(cluster)["logs"] == before

@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import subprocess
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,13 @@ from cluster import recipe as recipes
 from sae import artifact
 from sae.dictionary import Dictionary
 from tests import flat_loop
+from tests.conftest import free_port
 from tests.jobs.conftest import Job
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture()
+@pytest.fixture
 def sweep(tiny_recipe: dict) -> dict:
     """Six residual dictionaries, 120 steps."""
     grid = {"layers": [0, 2, 3], "activations": ["batch_topk", "jumprelu"], "widths": [64], "l0s": [8]}
@@ -83,7 +86,8 @@ def test_one_worker__equals_the_flat_loop_bit_for_bit(sweep: dict, run_job, know
 def assert_everything_is_there(job: Job) -> None:
     """What the end of a sweep promises: table, summary, picture, artifacts, MLflow runs."""
     summary = json.loads((job.output / "summary.json").read_text())
-    promised = {"id", "site", "layer", "kind", "activation", "width", "l0", "fvu", "dead_fraction", "loss_recovered", "rows_per_second", "path"}  # fmt: skip
+    promised = {"id", "site", "layer", "kind", "activation", "width", "l0", "fvu",
+        "dead_fraction", "loss_recovered", "rows_per_second", "path"}  # fmt: skip
     assert len(summary["dictionaries"]) == 6
     for row in summary["dictionaries"]:
         assert promised <= row.keys()
@@ -101,16 +105,58 @@ def assert_everything_is_there(job: Job) -> None:
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.info.run_name for run in children} == {row["id"] for row in summary["dictionaries"]}
-    assert {item.path for item in client.list_artifacts(parent.info.run_id)} == {"frontier.png", "recipe.yaml", "summary.json"}
+    assert {item.path for item in client.list_artifacts(parent.info.run_id)} == {
+        "frontier.png",
+        "recipe.yaml",
+        "summary.json",
+    }
     for run in runs:
         assert run.info.status == "FINISHED"
     for run in children:
-        assert run.data.metrics["fvu"] == pytest.approx(next(r["fvu"] for r in summary["dictionaries"] if r["id"] == run.info.run_name))
+        assert run.data.metrics["fvu"] == pytest.approx(
+            next(r["fvu"] for r in summary["dictionaries"] if r["id"] == run.info.run_name)
+        )
         curve = client.get_metric_history(run.info.run_id, "train/fvu")
         assert len({point.step for point in curve}) > 100
         assert curve[-1].value < curve[0].value
         assert run.data.params["activation"] in ("batch_topk", "jumprelu")
-        assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"config.json", "latent_frequencies.png", "recipe.yaml"}
+        assert {item.path for item in client.list_artifacts(run.info.run_id)} == {
+            "config.json",
+            "latent_frequencies.png",
+            "recipe.yaml",
+        }
+
+
+def test_the_mlflow_command_at_the_end__serves_the_runs_and_their_pictures(sweep: dict, run_job) -> None:
+    grid = {"layers": [0], "activations": ["batch_topk"], "widths": [64], "l0s": [8]}
+    job = run_job(sweep | {"sweep": [grid], "fit": {"workers": 1, "cpus_per_worker": 0.5}})
+    assert job.wait() == 0, job.text
+    (line,) = [line for line in job.text.splitlines() if line.startswith("MLflow ")]
+    port = free_port()
+    command = line.removeprefix("MLflow").replace("--port 5000", f"--port {port}").split()
+    server = subprocess.Popen(
+        command, cwd=job.output, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health")
+        client = MlflowClient(tracking_uri=f"http://127.0.0.1:{port}")
+        (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
+        runs = client.search_runs([experiment.experiment_id])
+        assert len(runs) == 2
+        (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        picture = f"http://127.0.0.1:{port}/get-artifact?path=frontier.png&run_uuid={parent.info.run_id}"
+        assert urllib.request.urlopen(picture).read() == (job.output / "frontier.png").read_bytes()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+
+
+def wait_for(url: str) -> None:
+    for _ in range(120):
+        try:
+            return urllib.request.urlopen(url, timeout=5).close()
+        except OSError:
+            time.sleep(0.5)
+    pytest.fail(f"{url} does not answer")
 
 
 def test_a_killed_worker__the_job_finishes_by_itself_with_the_same_weights(sweep: dict, run_job, known) -> None:

@@ -14,7 +14,7 @@ from sae.spec import DictionarySpec, Training
 D, F = 8, 24
 
 
-@pytest.fixture()
+@pytest.fixture
 def dictionary() -> Dictionary:
     g = torch.Generator().manual_seed(0)
     return Dictionary(
@@ -23,14 +23,22 @@ def dictionary() -> Dictionary:
     )  # fmt: skip
 
 
-@pytest.fixture()
+@pytest.fixture
 def spec() -> DictionarySpec:
     return DictionarySpec(
-        id="x", site="resid_post", layer=9, kind="sae", activation="jumprelu", width=F, l0=4, seed=0, training=Training()
+        id="x",
+        site="resid_post",
+        layer=9,
+        kind="sae",
+        activation="jumprelu",
+        width=F,
+        l0=4,
+        seed=0,
+        training=Training(),
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path: Path, dictionary: Dictionary, spec: DictionarySpec) -> Path:
     folder = tmp_path / artifact.folder_name(spec)
     artifact.write(folder, dictionary, artifact.config(spec, "google/gemma-3-270m"))
@@ -89,7 +97,13 @@ def _claim_another_width(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [_flip_a_byte, _truncate, _claim_another_width, lambda f: (f / artifact.MANIFEST).unlink(), lambda f: (f / "config.json").unlink()],
+    [
+        _flip_a_byte,
+        _truncate,
+        _claim_another_width,
+        lambda f: (f / artifact.MANIFEST).unlink(),
+        lambda f: (f / "config.json").unlink(),
+    ],
 )
 def test_read__refuses_what_is_not_whole(folder: Path, damage) -> None:
     artifact.read(folder)
