@@ -9,7 +9,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,8 @@ class Sweep:
         try:
             self._fit_and_publish(scales, runs)
         except Exception:
-            runs.close("FAILED")
+            with suppress(Exception):  # a tracker that is away must not hide why the sweep failed
+                runs.close("FAILED")
             raise
 
     def _fit_and_publish(self, scales: dict[str, SiteScale], runs: tracking.Runs) -> None:

@@ -19,16 +19,23 @@ def main() -> int:
 
     try:
         loaded = recipe.load(arguments.recipe)
+        log = RunFolder(loaded.folder()).log
         session.set_environment()
         from cluster import sweep  # imports Ray, torch and transformers: seconds that a wrong recipe need not wait
 
-        return sweep.run(loaded, fresh=arguments.fresh, resume_command=f"python {sys.argv[0]} {arguments.recipe}")
+        try:
+            return sweep.run(loaded, fresh=arguments.fresh, resume_command=f"python {sys.argv[0]} {arguments.recipe}")
+        except (UserError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            print(sweep.explain_failure(error, log), file=sys.stderr, flush=True)
+            return 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    except Exception as error:
-        print(sweep.explain_failure(error, RunFolder(loaded.folder()).log), file=sys.stderr, flush=True)
-        return 1
+    except KeyboardInterrupt:
+        print("stopped before anything was started", file=sys.stderr, flush=True)
+        return 130
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -31,10 +32,11 @@ def cluster(tmp_path_factory):
     environment.pop("RAY_ADDRESS", None)
     environment["SCOPEWORKS_HOME"] = str(tmp_path_factory.mktemp("home"))
     dashboard, gcs, client = free_port(), free_port(), free_port()
-    folder = tmp_path_factory.mktemp("r")  # short: sockets lie below it
+    folder = tmp_path_factory.mktemp("head")
+    ray_files = f"/tmp/ray-{os.getpid()}"  # short: sockets lie below it
     command = [
         RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}", f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={client}", f"--temp-dir=/tmp/ray-{os.getpid()}", "--object-store-memory=500000000",
+        f"--ray-client-server-port={client}", f"--temp-dir={ray_files}", "--object-store-memory=500000000",
         "--dashboard-host=127.0.0.1",
     ]  # fmt: skip
     with (folder / "log").open("w") as log:
@@ -48,11 +50,10 @@ def cluster(tmp_path_factory):
     else:
         pytest.fail((folder / "log").read_text())
     yield address, environment
-    os.killpg(head.pid, signal.SIGTERM)
-    try:
-        head.wait(20)
-    except subprocess.TimeoutExpired:
-        os.killpg(head.pid, signal.SIGKILL)
+    for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
+        process.kill()
+    head.wait()
+    shutil.rmtree(ray_files, ignore_errors=True)
 
 
 def submit(cluster, recipe_path: str, **environment: str) -> subprocess.CompletedProcess:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -127,25 +128,50 @@ def assert_everything_is_there(job: Job) -> None:
         }
 
 
-def test_the_mlflow_command_at_the_end__serves_the_runs_and_their_pictures(sweep: dict, run_job) -> None:
-    grid = {"layers": [0], "activations": ["batch_topk"], "widths": [64], "l0s": [8]}
-    job = run_job(sweep | {"sweep": [grid], "fit": {"workers": 1, "cpus_per_worker": 0.5}})
-    assert job.wait() == 0, job.text
-    (line,) = [line for line in job.text.splitlines() if line.startswith("MLflow ")]
+def test_mlflow_goes_away__the_fit_goes_on_and_no_point_of_a_curve_is_lost(
+    sweep: dict, run_job, tmp_path: Path
+) -> None:
+    """The server is the command that a sweep prints at its end, on a database of its own."""
     port = free_port()
-    command = line.removeprefix("MLflow").replace("--port 5000", f"--port {port}").split()
-    server = subprocess.Popen(
-        command, cwd=job.output, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    url, database = f"http://127.0.0.1:{port}", f"sqlite:///{tmp_path / 'server.db'}"
+    command = [
+        str(Path(sys.executable).with_name("mlflow")),
+        "server",
+        "--backend-store-uri",
+        database,
+        "--port",
+        str(port),
+    ]
+
+    def start_server() -> subprocess.Popen:
+        server = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
+        wait_for(f"{url}/health")
+        return server
+
+    grid = {"layers": [0], "activations": ["batch_topk"], "widths": [64], "l0s": [8]}
+    server = start_server()
     try:
-        wait_for(f"http://127.0.0.1:{port}/health")
-        client = MlflowClient(tracking_uri=f"http://127.0.0.1:{port}")
+        job = run_job(sweep | {"sweep": [grid], "fit": sweep["fit"] | {"workers": 1}}, MLFLOW_TRACKING_URI=url)
+        job.wait_for_step(20)
+        os.killpg(server.pid, signal.SIGKILL)
+        waiting = job.output / "curves-waiting.jsonl"
+        while not waiting.exists():  # the fault has happened: something could not be logged
+            assert job.process.poll() is None, job.text
+            time.sleep(0.1)
+        server = start_server()
+        assert job.wait() == 0, job.text
+        assert not waiting.exists()
+        assert not (job.output / "mlflow.db").exists()
+        client = MlflowClient(tracking_uri=url)
         (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
         runs = client.search_runs([experiment.experiment_id])
-        assert len(runs) == 2
         (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-        picture = f"http://127.0.0.1:{port}/get-artifact?path=frontier.png&run_uuid={parent.info.run_id}"
+        (child,) = [run for run in runs if run is not parent]
+        curve = client.get_metric_history(child.info.run_id, "train/fvu")
+        assert sorted(point.step for point in curve) == list(range(1, 121))
+        picture = f"{url}/get-artifact?path=frontier.png&run_uuid={parent.info.run_id}"
         assert urllib.request.urlopen(picture).read() == (job.output / "frontier.png").read_bytes()
+        assert f"MLflow     open {url}" in job.text
     finally:
         os.killpg(server.pid, signal.SIGKILL)
 
