@@ -72,6 +72,7 @@ def test_one_worker__equals_the_flat_loop_bit_for_bit(sweep: dict, run_job, know
     assert job.wait() == 0, job.text
     assert_equals_flat_loop(sweep, job.output, known)
     assert_everything_is_there(job)
+    assert_the_printed_command_opens_mlflow(job)
 
     again = run_job(sweep)
     started = time.monotonic()
@@ -82,6 +83,19 @@ def test_one_worker__equals_the_flat_loop_bit_for_bit(sweep: dict, run_job, know
     other = run_job(sweep | {"seed": 1})
     assert other.wait() == 2
     assert "seed differs" in other.text
+
+
+def assert_the_printed_command_opens_mlflow(job: Job) -> None:
+    (line,) = [line for line in job.text.splitlines() if line.startswith("MLflow ")]
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    server = serve(line.removeprefix("MLflow").replace("--port 5000", f"--port {port}").split(), job.output, url)
+    try:
+        parent = json.loads((job.output / "mlflow-runs.json").read_text())["parent"]
+        picture = urllib.request.urlopen(f"{url}/get-artifact?path=frontier.png&run_uuid={parent}").read()
+        assert picture == (job.output / "frontier.png").read_bytes()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 def assert_everything_is_there(job: Job) -> None:
@@ -128,28 +142,14 @@ def assert_everything_is_there(job: Job) -> None:
         }
 
 
-def test_mlflow_goes_away__the_fit_goes_on_and_no_point_of_a_curve_is_lost(
-    sweep: dict, run_job, tmp_path: Path
-) -> None:
+def test_mlflow_goes_away__the_fit_goes_on_and_no_point_is_lost(sweep: dict, run_job, tmp_path: Path) -> None:
     """The server is the command that a sweep prints at its end, on a database of its own."""
     port = free_port()
     url, database = f"http://127.0.0.1:{port}", f"sqlite:///{tmp_path / 'server.db'}"
-    command = [
-        str(Path(sys.executable).with_name("mlflow")),
-        "server",
-        "--backend-store-uri",
-        database,
-        "--port",
-        str(port),
-    ]
-
-    def start_server() -> subprocess.Popen:
-        server = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
-        wait_for(f"{url}/health")
-        return server
-
+    mlflow = str(Path(sys.executable).with_name("mlflow"))
+    command = [mlflow, "server", "--backend-store-uri", database, "--port", str(port)]
     grid = {"layers": [0], "activations": ["batch_topk"], "widths": [64], "l0s": [8]}
-    server = start_server()
+    server = serve(command, tmp_path, url)
     try:
         job = run_job(sweep | {"sweep": [grid], "fit": sweep["fit"] | {"workers": 1}}, MLFLOW_TRACKING_URI=url)
         job.wait_for_step(20)
@@ -158,7 +158,7 @@ def test_mlflow_goes_away__the_fit_goes_on_and_no_point_of_a_curve_is_lost(
         while not waiting.exists():  # the fault has happened: something could not be logged
             assert job.process.poll() is None, job.text
             time.sleep(0.1)
-        server = start_server()
+        server = serve(command, tmp_path, url)
         assert job.wait() == 0, job.text
         assert not waiting.exists()
         assert not (job.output / "mlflow.db").exists()
@@ -174,6 +174,13 @@ def test_mlflow_goes_away__the_fit_goes_on_and_no_point_of_a_curve_is_lost(
         assert f"MLflow     open {url}" in job.text
     finally:
         os.killpg(server.pid, signal.SIGKILL)
+
+
+def serve(command: list[str], folder: Path, url: str) -> subprocess.Popen:
+    """Starts an MLflow server in a process group of its own."""
+    server = subprocess.Popen(command, cwd=folder, start_new_session=True, stderr=subprocess.DEVNULL)
+    wait_for(f"{url}/health")
+    return server
 
 
 def wait_for(url: str) -> None:
