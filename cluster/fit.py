@@ -64,6 +64,7 @@ class EveryRow(DataConfig):
         for name, dataset in datasets.items():
             dataset = dataset.copy(dataset)
             dataset.context.execution_options.preserve_order = True
+            dataset.context.execution_no_progress_timeout_s = -1  # a slow fit is no fault of the stream's
             for rank, split in enumerate(
                 dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
             ):

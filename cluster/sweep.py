@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster import checkpoint, corpus, evaluate, fit, gemma, publish, report, session, tracking
+from cluster import checkpoint, corpus, evaluate, fit, gemma, publish, report, session, sources, tracking
 from cluster.calibrate import SiteScale, calibrate
 from cluster.console import say
 from cluster.layout import Layout, lay_out, memory, table
@@ -64,7 +64,7 @@ def _plan(recipe: Recipe) -> Layout:
     layout = lay_out(recipe, config)
     planned = memory(recipe, layout, gemma.parameters(config))
     session.check_memory(recipe, planned)
-    corpus.find(recipe.corpus)
+    sources.find(recipe.corpus)
     order = Order.of(recipe)
     say(f"plan     {recipe.name}: {len(recipe.specs())} dictionaries from one pass of {recipe.model.name}")
     say(table(recipe, layout, planned))

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster import corpus, recipe
+from cluster import corpus, recipe, sources
 from cluster.corpus import Packer
 from cluster.errors import UserError
 from sae import artifact
@@ -174,4 +174,4 @@ def test_build__jsonl_from_s3_by_glob(s3, ray_session, tiny_recipe, documents, e
 )
 def test_find__what_s3_lacks_is_told(s3, tiny_recipe, path: str, part: str) -> None:
     with pytest.raises(UserError, match=part):
-        corpus.find(parsed(tiny_recipe, [path]).corpus)
+        sources.find(parsed(tiny_recipe, [path]).corpus)

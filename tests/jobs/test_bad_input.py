@@ -1,5 +1,6 @@
 """Each wrong input is one line that names the field and the remedy, with exit code 2, before anything is started."""
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -106,6 +107,13 @@ def test_a_model_that_is_no_gemma(tiny_recipe: dict, tmp_path: Path, monkeypatch
     LlamaConfig(num_hidden_layers=2).save_pretrained(tmp_path / "llama")
     recipe = changed(tiny_recipe, "model.name", str(tmp_path / "llama"))
     check(*run(monkeypatch, capsys, recipe, tmp_path), ["model.name", "llama", "Gemma 3"])
+
+
+@pytest.mark.parametrize(("missing", "part"), [("model.safetensors", "no weights"), ("tokenizer*", "no tokenizer")])
+def test_half_a_checkpoint(missing, part, tiny_recipe: dict, tiny_gemma, tmp_path: Path, monkeypatch, capsys) -> None:
+    folder = shutil.copytree(tiny_gemma, tmp_path / "half", ignore=shutil.ignore_patterns(missing))
+    recipe = changed(tiny_recipe, "model.name", str(folder))
+    check(*run(monkeypatch, capsys, recipe, tmp_path), ["model.name", part, "whole checkpoint"])
 
 
 def test_mlflow_not_reachable(tiny_recipe: dict, tmp_path: Path, monkeypatch, capsys) -> None:
