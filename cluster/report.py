@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.evaluate import Evaluated
+from cluster.evaluate import LARGE_NORM, Evaluated
 from cluster.recipe import Recipe
 from cluster.store import replace_text
 
@@ -32,6 +32,12 @@ def table(summary: list[dict[str, Any]]) -> str:
         f"{row['id']:<50} {row['fvu']:>7.4f} {row['l0']:>7.1f} {row['dead_fraction']:>7.1%} "
         f"{row['loss_recovered']:>15.4f} {row['rows_per_second']:>8,.0f}"
         for row in summary
+    ]
+    large = {f"{row['site']}.{row['layer']}": row["rows_large"] for row in summary}
+    counts = ", ".join(f"{count} at {key}" for key, count in large.items())
+    rows, dropped = summary[0]["rows"], summary[0]["rows_dropped"]
+    lines += [
+        f"on {rows:,} held-out rows, {dropped} dropped for their norm; kept above {LARGE_NORM}x the median: {counts}"
     ]
     return "\n".join(lines)
 

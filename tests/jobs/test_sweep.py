@@ -132,7 +132,7 @@ def assert_everything_is_there(job: Job) -> None:
             next(r["fvu"] for r in summary["dictionaries"] if r["id"] == run.info.run_name)
         )
         curve = client.get_metric_history(run.info.run_id, "train/fvu")
-        assert len({point.step for point in curve}) > 100
+        assert len({point.step for point in curve}) >= 50
         assert curve[-1].value < curve[0].value
         assert run.data.params["activation"] in ("batch_topk", "jumprelu")
         assert {item.path for item in client.list_artifacts(run.info.run_id)} == {
@@ -168,7 +168,7 @@ def test_mlflow_goes_away__the_fit_goes_on_and_no_point_is_lost(sweep: dict, run
         (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
         (child,) = [run for run in runs if run is not parent]
         curve = client.get_metric_history(child.info.run_id, "train/fvu")
-        assert sorted(point.step for point in curve) == list(range(1, 121))
+        assert sorted(point.step for point in curve) == list(range(2, 121, 2))
         picture = f"{url}/get-artifact?path=frontier.png&run_uuid={parent.info.run_id}"
         assert urllib.request.urlopen(picture).read() == (job.output / "frontier.png").read_bytes()
         assert f"MLflow     open {url}" in job.text
