@@ -31,7 +31,7 @@ class Job:
             start_new_session=True,
         )
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = 400) -> int:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -56,7 +56,7 @@ class Job:
         except (OSError, ValueError):
             return 0
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+    def wait_for_step(self, step: int, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while self.step < step:
             if self.process.poll() is not None or time.monotonic() > deadline:
