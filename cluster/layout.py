@@ -11,6 +11,7 @@ from sae.spec import DictionarySpec
 
 GIB = 2**30
 PROCESS_BYTES = GIB // 2  # one Ray worker with torch and transformers loaded; measured here
+RAY_BYTES = 5 * GIB // 2  # the driver, the Train controller and Ray's own processes; measured here
 
 
 class Layout(NamedTuple):
@@ -69,8 +70,8 @@ class Memory(NamedTuple):
     workers: list[int]
 
     def total(self, recipe: Recipe) -> int:
-        """Bytes of the whole sweep: all processes, and the driver with Ray's own."""
-        return 2 * PROCESS_BYTES + recipe.harvest.actors * self.harvest + sum(self.workers)
+        """Bytes of the whole sweep, without the object store."""
+        return RAY_BYTES + recipe.harvest.actors * self.harvest + sum(self.workers)
 
 
 def memory(recipe: Recipe, layout: Layout, model_parameters: int) -> Memory:

@@ -17,7 +17,8 @@ import numpy as np
 
 from cluster import checkpoint, corpus, evaluate, fit, gemma, publish, report, session, sources, tracking
 from cluster.calibrate import SiteScale, calibrate
-from cluster.console import say
+from cluster.console import say, this_command
+from cluster.errors import UserError
 from cluster.layout import Layout, lay_out, memory, table
 from cluster.packages import GEMMA_NOTICE, is_package
 from cluster.progress import LiveLine
@@ -36,7 +37,7 @@ class SweepFailed(Exception):
     """The fit failed more often than the recipe allows."""
 
 
-def run(recipe: Recipe, *, fresh: bool, resume_command: str) -> int:
+def run(recipe: Recipe, *, fresh: bool) -> int:
     """Plans, fits, evaluates and publishes, printing as it goes. Returns the exit code; UserError before anything is
     started if something in the recipe or the surroundings cannot work."""
     folder = RunFolder(recipe.folder())
@@ -44,7 +45,7 @@ def run(recipe: Recipe, *, fresh: bool, resume_command: str) -> int:
     layout = _plan(recipe)
     with folder.owned(recipe, fresh=fresh):
         if folder.summary.exists():
-            say(f"\nfinished before (FRESH=1 runs it anew)\n\n{_closing(folder)}")
+            say(f"\nfinished before (FRESH=1 or --fresh runs it anew)\n\n{_closing(folder)}")
             return 0
         say(f"details  {folder.log}")
         stop = Stop(folder.stop)
@@ -52,8 +53,13 @@ def run(recipe: Recipe, *, fresh: bool, resume_command: str) -> int:
             with stop.listening(), session.session(recipe, folder.log):
                 Sweep(recipe, layout, folder, stop).run()
         except Interrupted:
-            say(f"stopped; what is done is kept in {folder.root}. Resume with: {resume_command}")
+            say(f"stopped; what is done is kept in {folder.root}. Resume with: {this_command()}")
             return INTERRUPTED
+        except UserError:
+            raise
+        except Exception as error:
+            say(_explain_failure(error, folder.log))
+            return 1
         say(f"\n{_closing(folder)}")
         return 0
 
@@ -230,11 +236,8 @@ def _closing(folder: RunFolder) -> str:
     )
 
 
-def explain_failure(error: Exception, log: Path) -> str:
+def _explain_failure(error: Exception, log: Path) -> str:
     """The last line of a failed job: why, in one line; the traceback goes to the log."""
-    try:
-        with log.open("a") as file:
-            traceback.print_exception(error, file=file)
-    except OSError:
-        return f"sweep failed: {_cause(error)}"
+    with log.open("a") as file:
+        traceback.print_exception(error, file=file)
     return f"sweep failed: {error if isinstance(error, SweepFailed) else _cause(error)}; details in {log}"

@@ -15,27 +15,17 @@ def main() -> int:
 
     from cluster import recipe, session
     from cluster.errors import UserError
-    from cluster.store import RunFolder
 
     try:
         loaded = recipe.load(arguments.recipe)
-        log = RunFolder(loaded.folder()).log
         session.set_environment()
         from cluster import sweep  # imports Ray, torch and transformers: seconds that a wrong recipe need not wait
 
-        try:
-            return sweep.run(loaded, fresh=arguments.fresh, resume_command=f"python {sys.argv[0]} {arguments.recipe}")
-        except (UserError, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            print(sweep.explain_failure(error, log), file=sys.stderr, flush=True)
-            return 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped before anything was started", file=sys.stderr, flush=True)
-        return 130
+        return sweep.run(loaded, fresh=arguments.fresh)
+    except (UserError, KeyboardInterrupt) as error:
+        reason = f"error: {error}" if isinstance(error, UserError) else "stopped before anything was started"
+        print(reason, file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 130
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -217,7 +218,7 @@ def test_ctrl_c_then_kill__the_same_command_resumes_on_other_workers(sweep: dict
     first.wait_for_step(25)
     os.kill(first.process.pid, signal.SIGINT)
     assert first.wait() == 130
-    assert "Resume with: python jobs/sweep.py" in first.text
+    assert re.search(r"^stopped; .* Resume with: \S*python\S* jobs/sweep.py \S+tiny.yaml$", first.text, re.MULTILINE)
     stopped_at = max(int(path.name.split("-")[1]) for path in first.output.glob("train/*/step-*"))
     assert stopped_at >= 25
 
