@@ -15,10 +15,9 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from cluster.errors import UserError
 from sae import artifact
-from sae.sites import HOOK_POINTS
 from sae.spec import DictionarySpec, Strict, Training
 
-Names = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
 class Model(Strict):
@@ -108,7 +107,7 @@ class Evaluation(Strict):
 class Recipe(Strict):
     """A whole sweep."""
 
-    name: Names
+    name: Name
     output: str
     """Run folder, seen by every node. A relative one is below SCOPEWORKS_HOME or the current folder."""
     seed: int = Field(0, ge=0)
@@ -225,6 +224,3 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
         if isinstance(model, types.UnionType):
             model = typing.get_args(model)[0]
     return list(model.model_fields)
-
-
-assert set(HOOK_POINTS) == set(typing.get_args(typing.get_args(Grid.model_fields["sites"].annotation)[0]))

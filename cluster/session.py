@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from cluster.console import say
 from cluster.errors import UserError
 from cluster.layout import GIB, Memory
 from cluster.recipe import Recipe
@@ -70,6 +71,7 @@ def session(recipe: Recipe, log: Path) -> Iterator[None]:
             raise UserError(
                 "RAY_ADDRESS", f"{where} could not be reached ({str(error).splitlines()[0]:.160})"
             ) from error
+        _note_what_is_missing(recipe, ray.cluster_resources())
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
@@ -77,6 +79,18 @@ def session(recipe: Recipe, log: Path) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _note_what_is_missing(recipe: Recipe, there: dict[str, float]) -> None:
+    """A cluster may still grow, so a sweep that does not fit waits; the person is told for what."""
+    fit, harvest = recipe.fit, recipe.harvest
+    wanted = {
+        "CPU": fit.workers * fit.cpus_per_worker + harvest.actors * harvest.cpus,
+        "GPU": fit.workers * fit.gpu + harvest.actors * harvest.gpus,
+    }
+    for kind, count in wanted.items():
+        if count > there.get(kind, 0):
+            say(f"note     the cluster has {there.get(kind, 0):g} {kind}s, the fit wants {count:g}: it waits for more")
 
 
 def _local_resources(recipe: Recipe) -> dict[str, Any]:

@@ -26,12 +26,13 @@ class RunFolder:
 
     def __init__(self, root: Path):
         self.root = root
-        self.recipe = root / "recipe.yaml"
+        self.recipe = root / "resolved-recipe.yaml"
         self.log = root / "sweep.log"
         self.tokens = root / "tokens"
         self.calibration = root / "calibration.json"
         self.train = root / "train"
         self.runs = root / "mlflow-runs.json"
+        self.mlflow = root / "mlflow.db"
         self.mlflow_artifacts = root / "mlflow-artifacts"
         self.progress = root / "progress.json"
         self.spool = root / "curves-waiting.jsonl"
@@ -45,6 +46,7 @@ class RunFolder:
     @contextmanager
     def owned(self, recipe: Recipe, *, fresh: bool) -> Iterator[None]:
         """Holds the folder for this recipe; UserError if it cannot be written, is in use or is another recipe's."""
+        self._refuse_strangers()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = open(self.root / ".lock", "w")  # noqa: SIM115, held until the end of the block
@@ -70,36 +72,33 @@ class RunFolder:
                     self._empty()
                 raise
 
+    def _refuse_strangers(self) -> None:
+        strangers = sorted(set(os.listdir(self.root)) - {".lock"}) if self.root.is_dir() else []
+        if strangers and not self.recipe.exists():
+            raise UserError("output", f"{self.root} holds {strangers[0]} and no sweep: name an empty or new folder")
+
     def _claim(self, recipe: Recipe) -> None:
         if not self.recipe.exists():
-            strangers = sorted(set(os.listdir(self.root)) - {".lock"})
-            if strangers:
-                raise UserError("output", f"{self.root} holds {strangers[0]} and no sweep: name an empty or new folder")
             return replace_text(self.recipe, recipe.to_yaml())
-        kept = yaml.safe_load(self.recipe.read_text())
-        changed = next(
-            (
-                key
-                for key, value in results_of(recipe.model_dump(mode="json")).items()
-                if results_of(kept)[key] != value
-            ),
-            None,
+        kept, now = (
+            results_of(part) for part in (yaml.safe_load(self.recipe.read_text()), recipe.model_dump(mode="json"))
         )
+        changed = [key for key in now if kept.get(key) != now[key]]
         if changed:
             raise UserError(
                 "output",
-                f"{self.root} holds a sweep of another recipe ({changed} differs): "
+                f"{self.root} holds a sweep of another recipe ({', '.join(changed)} differs): "
                 "name another folder, or start anew with FRESH=1 or --fresh",
             )
 
     def _empty(self) -> None:
-        """Removes an earlier sweep; a folder that is none is left for `_claim` to refuse."""
+        """Removes an earlier sweep, and nothing else that lies in the folder."""
         if self.recipe.exists():
-            for path in self.root.iterdir():
+            for path in {path for path in vars(self).values() if path != self.root}:
                 if path.is_dir():
                     shutil.rmtree(path)
-                elif path.name != ".lock":
-                    path.unlink()
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def results_of(recipe: dict[str, Any]) -> dict[str, Any]:

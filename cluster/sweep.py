@@ -127,7 +127,7 @@ class Sweep:
             tokens = np.load(self.folder.tokens / "train.npy", mmap_mode="r")
             scales = calibrate(self.recipe, self.layout.sites, tokens, self.folder.calibration)
         with self._stage("tracking"):
-            runs = tracking.Runs(tracking.tracking_uri(self.folder.root), self.recipe, self.folder.mlflow_artifacts)
+            runs = tracking.Runs(self.recipe, self.folder)
             runs.open(self.recipe, self.layout, self.folder.runs)
         try:
             self._fit_and_publish(scales, runs)
@@ -221,7 +221,7 @@ def _cause(error: BaseException) -> str:
 def _closing(folder: RunFolder) -> str:
     """The table, and where to look next."""
     summary = json.loads(folder.summary.read_text())
-    uri = tracking.tracking_uri(folder.root)
+    uri = tracking.tracking_uri(folder)
     mlflow = Path(sys.executable).with_name("mlflow")
     dashboard = f"open {uri}" if uri.startswith("http") else f"{mlflow} server --backend-store-uri {uri} --port 5000"
     return "\n".join(

@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 REMEDY = "start that server, or unset MLFLOW_TRACKING_URI to use a file in the run folder"
 
 
-def tracking_uri(folder: Path) -> str:
+def tracking_uri(folder: RunFolder) -> str:
     """MLFLOW_TRACKING_URI if it is set, else an SQLite file in the run folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.mlflow}"
 
 
 def check_reachable() -> None:
@@ -46,14 +46,14 @@ def check_reachable() -> None:
 class Runs:
     """The MLflow runs of one sweep, by id: found again by any process, made once."""
 
-    def __init__(self, uri: str, recipe: Recipe, artifacts: Path):
+    def __init__(self, recipe: Recipe, folder: RunFolder):
         from mlflow import MlflowClient
 
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-        self.uri, self.client = uri, MlflowClient(tracking_uri=uri)
+        self.uri = tracking_uri(folder)
+        self.client = MlflowClient(tracking_uri=self.uri)
         experiment = self.client.get_experiment_by_name(recipe.name)
         if experiment is None:
-            location = None if uri.startswith("http") else artifacts.as_uri()
+            location = None if self.uri.startswith("http") else folder.mlflow_artifacts.as_uri()
             self.experiment = self.client.create_experiment(recipe.name, artifact_location=location)
         else:
             self.experiment = experiment.experiment_id

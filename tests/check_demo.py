@@ -1,6 +1,6 @@
 """Holds a finished demo sweep against its targets: python tests/check_demo.py runs/demo/summary.json
 
-Prints one table, writes reports/demo.json and exits 1 if a target is missed.
+Prints one table, writes reports/check-demo.json and exits 1 if a target is missed.
 """
 
 import json
@@ -36,7 +36,7 @@ def main() -> int:
         print(f"{'ok' if ok else 'MISSED':<7} {name:<55} {value:>10.4g} {unit:<9} {comparison} {target}")
     report = {"machine": f"{os.cpu_count()} cores", "rows": rows}
     Path("reports").mkdir(exist_ok=True)
-    Path("reports/demo.json").write_text(json.dumps(report, indent=2) + "\n")
+    Path("reports/check-demo.json").write_text(json.dumps(report, indent=2) + "\n")
     return 0 if all(row["ok"] for row in rows) else 1
 
 

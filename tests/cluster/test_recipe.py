@@ -7,6 +7,7 @@ import pytest
 from cluster import gemma
 from cluster.layout import lay_out, memory
 from cluster.recipe import load, parse
+from sae.sites import HOOK_POINTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))
@@ -54,3 +55,9 @@ def test_resolved_recipe__parses_to_itself(tiny_recipe: dict, tmp_path: Path) ->
     recipe = parse(tiny_recipe)
     (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
     assert load(str(tmp_path / "resolved.yaml")) == recipe
+
+
+@pytest.mark.parametrize("site", HOOK_POINTS)
+def test_every_site_can_be_named_in_a_recipe(tiny_recipe: dict, site: str) -> None:
+    grid = tiny_recipe["sweep"][0] | {"sites": [site]}
+    assert {spec.site for spec in parse(tiny_recipe | {"sweep": [grid]}).specs()} == {site}

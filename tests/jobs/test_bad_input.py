@@ -126,9 +126,10 @@ def test_a_folder_with_strangers_in_it_is_left_alone(tiny_recipe: dict, tmp_path
     stranger.parent.mkdir()
     stranger.write_text("irreplaceable")
     check(*run(monkeypatch, capsys, tiny_recipe, tmp_path), ["output", "thesis.txt", "empty or new"])
+    (stranger.parent / "recipe.yaml").write_text("my own")
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--fresh"])
     assert job.main() == 2
-    assert stranger.read_text() == "irreplaceable"
+    assert {path.name for path in stranger.parent.iterdir()} == {"thesis.txt", "recipe.yaml"}
 
 
 def test_too_little_text_is_told_after_counting_and_leaves_no_tokens(tiny_recipe: dict, run_job) -> None:
