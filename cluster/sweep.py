@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -220,20 +219,15 @@ def _cause(error: BaseException) -> str:
 
 def _closing(folder: RunFolder) -> str:
     """The table, and where to look next."""
-    summary = json.loads(folder.summary.read_text())
-    uri = tracking.tracking_uri(folder)
-    mlflow = Path(sys.executable).with_name("mlflow")
-    dashboard = f"open {uri}" if uri.startswith("http") else f"{mlflow} server --backend-store-uri {uri} --port 5000"
-    return "\n".join(
-        [
-            report.table(summary["dictionaries"]),
-            "",
-            f"published  {folder.published}",
-            f"picture    {folder.frontier}",
-            f"summary    {folder.summary}",
-            f"MLflow     {dashboard}",
-        ]
-    )
+    lines = [
+        report.table(json.loads(folder.summary.read_text())["dictionaries"]),
+        "",
+        f"published  {folder.published}",
+        f"picture    {folder.frontier}",
+        f"summary    {folder.summary}",
+        *tracking.how_to_look(folder),
+    ]
+    return "\n".join(lines)
 
 
 def _explain_failure(error: Exception, log: Path) -> str:

@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import sys
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from sae.spec import DictionarySpec
 
 logger = logging.getLogger(__name__)
 
+PORT = 5000  # of the MLflow server that a person starts
 REMEDY = "start that server, or unset MLFLOW_TRACKING_URI to use a file in the run folder"
 
 
@@ -41,6 +44,23 @@ def check_reachable() -> None:
             pass  # it answers; whether it lets us log is told by the first call
         except (OSError, ValueError) as error:
             raise UserError("MLFLOW_TRACKING_URI", f"{uri} is not reachable ({error}): {REMEDY}") from error
+
+
+def how_to_look(folder: RunFolder) -> list[str]:
+    """The command that opens MLflow, unless it is a server already, and the page that compares the dictionaries."""
+    uri, known = tracking_uri(folder), json.loads(folder.runs.read_text())
+    is_server = uri.startswith("http")
+    base = uri.rstrip("/") if is_server else f"http://127.0.0.1:{PORT}"
+    mlflow = Path(sys.executable).with_name("mlflow")
+    runs, experiments = (
+        urllib.parse.quote(json.dumps(ids, separators=(",", ":")))
+        for ids in (list(known["children"].values()), [known["experiment"]])
+    )
+    command = f"open {uri}" if is_server else f"{mlflow} server --backend-store-uri {uri} --port {PORT}"
+    return [
+        f"MLflow     {command}",
+        f"compare    {base}/#/compare-runs?runs={runs}&experiments={experiments}",
+    ]
 
 
 class Runs:
@@ -71,15 +91,17 @@ class Runs:
         for rank, specs in enumerate(layout.ranks):
             for spec in specs:
                 self.children[spec.id] = self._create_child(recipe, spec, rank)
-        path.write_text(json.dumps({"parent": self.parent, "children": self.children}, indent=2) + "\n")
+        known = {"experiment": self.experiment, "parent": self.parent, "children": self.children}
+        replace_text(path, json.dumps(known, indent=2) + "\n")
 
     def _create_child(self, recipe: Recipe, spec: DictionarySpec, rank: int) -> str:
         from mlflow.entities import Param
 
         tags = {"mlflow.parentRunId": self.parent, "dictionary": spec.id}
         run = self.client.create_run(self.experiment, run_name=spec.id, tags=tags).info.run_id
-        fields = spec.model_dump(exclude={"training"}) | spec.training.model_dump()
-        fields |= {"rank": rank, "model": recipe.model.name, "train_tokens": recipe.corpus.train_tokens}
+        fields = spec.model_dump(exclude={"id", "l0", "training"}) | spec.training.model_dump()
+        fields |= {"l0_target": spec.l0, "rank": rank}
+        fields |= {"model": recipe.model.name, "train_tokens": recipe.corpus.train_tokens}
         self.client.log_batch(run, params=[Param(key, str(value)) for key, value in fields.items()])
         self.client.log_text(run, recipe.to_yaml(), "recipe.yaml")
         return run

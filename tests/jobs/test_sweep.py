@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -95,6 +96,11 @@ def assert_the_printed_command_opens_mlflow(job: Job) -> None:
         parent = json.loads((job.output / "mlflow-runs.json").read_text())["parent"]
         picture = urllib.request.urlopen(f"{url}/get-artifact?path=frontier.png&run_uuid={parent}").read()
         assert picture == (job.output / "frontier.png").read_bytes()
+        (link,) = [line for line in job.text.splitlines() if line.startswith("compare ")]
+        compared = urllib.parse.parse_qs(link.partition("?")[2])["runs"][0]
+        client = MlflowClient(tracking_uri=url)
+        assert {client.get_run(run).data.tags["mlflow.parentRunId"] for run in json.loads(compared)} == {parent}
+        assert len(json.loads(compared)) == 6
     finally:
         os.killpg(server.pid, signal.SIGKILL)
 
