@@ -25,6 +25,9 @@ class Training(Strict):
     """Linear rise of the learning rate from 0."""
     decay_fraction: float = Field(0.2, ge=0, lt=1)
     """Linear fall of the learning rate to 0 at the end."""
+    encoder_init_scale: float = Field(0.7, gt=0)
+    """W_enc starts as this multiple of W_dec. At 1, the published start, the overlapping directions that are active
+    in a row rebuild it several times over, and the first steps only undo that."""
     jumprelu_bandwidth: float = Field(0.01, gt=0)
     """Width of the rectangle kernel of the straight-through estimators, for rows of unit mean square norm."""
     sparsity_coefficient: float = Field(0.02, gt=0)

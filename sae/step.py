@@ -15,8 +15,8 @@ class TrainingDictionary:
     """Fits x̂ = f·W_dec + b_dec, f = activation((x − b_dec)·W_encᵀ + b_enc), to rows x of unit mean square norm.
 
     Both matrices are stored a latent a row [F, D], so that every sparse product reads whole rows. W_dec starts
-    with random unit rows and W_enc equal to it (*published*: Gemma Scope 1, 3.2); b_dec starts at the mean of
-    the first batch (*measured here*: most of Gemma 3's few huge dimensions is their mean).
+    with random unit rows and W_enc at a multiple of it (1 is *published*: Gemma Scope 1, 3.2; 0.7 *measured here*);
+    b_dec starts at the mean of the first batch (*measured here*: most of Gemma 3's few huge dimensions is their mean).
     """
 
     def __init__(self, spec: DictionarySpec, d: int, device: torch.device):
@@ -25,7 +25,7 @@ class TrainingDictionary:
         directions_FD = torch.randn(spec.width, d, generator=generator)
         directions_FD /= directions_FD.norm(dim=1, keepdim=True)
         self.parameters = {
-            "w_enc_FD": directions_FD.to(device, copy=True),
+            "w_enc_FD": (spec.training.encoder_init_scale * directions_FD).to(device),
             "b_enc_F": torch.zeros(spec.width, device=device),
             "w_dec_FD": directions_FD.to(device, copy=True),
             "b_dec_D": torch.zeros(d, device=device),

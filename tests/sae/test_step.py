@@ -110,6 +110,16 @@ def test_state__a_loaded_dictionary_goes_on_bit_for_bit(activation: str) -> None
         assert torch.equal(value, other.state()[name]), name
 
 
+def test_start__encoder_is_a_multiple_of_unit_decoder_rows_and_b_dec_the_first_batchs_mean() -> None:
+    dictionary = TrainingDictionary(spec("batch_topk", encoder_init_scale=0.25), D, torch.device("cpu"))
+    w_dec = dictionary.parameters["w_dec_FD"].clone()
+    torch.testing.assert_close(w_dec.norm(dim=1), torch.ones(F))
+    assert torch.equal(dictionary.parameters["w_enc_FD"], 0.25 * w_dec)
+    x = rows(0) + 0.1
+    dictionary.step(x, progress=1e-9)  # so early in the warm-up that nothing moves
+    torch.testing.assert_close(dictionary.parameters["b_dec_D"], x.mean(0))
+
+
 def test_batch_topk__keeps_exactly_the_batch_budget() -> None:
     dictionary = started("batch_topk")
     pairs = dictionary.activation.select(torch.randn(B, F, generator=torch.Generator().manual_seed(1)))
