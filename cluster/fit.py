@@ -15,7 +15,7 @@ from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
-from cluster import checkpoint, harvest
+from cluster import checkpoint, harvest, start
 from cluster.calibrate import SiteScale
 from cluster.checkpoint import Position
 from cluster.exchange import exchange
@@ -23,6 +23,7 @@ from cluster.layout import Layout
 from cluster.recipe import Recipe
 from cluster.stream import Order, WindowReader
 from cluster.tracking import FitReporter
+from sae.sites import Site
 from sae.step import TrainingDictionary
 
 STREAM = "activations"
@@ -123,7 +124,7 @@ class Rank:
         self.job, self.number, self.device = job, number, device
         self.order = Order.of(job.recipe)
         widths = job.layout.widths
-        self.bank = [TrainingDictionary(spec, widths[spec.reads.key], device) for spec in job.layout.ranks[number]]
+        self.bank = [TrainingDictionary(spec, widths, device) for spec in job.layout.ranks[number]]
         self.position = Position()
         self.started = time.monotonic()
         self.rows_at_start = 0
@@ -137,6 +138,9 @@ class Rank:
             self.rows_at_start = committed.position.rows
             for dictionary in self.bank:
                 dictionary.load(checkpoint.load(committed.folder, dictionary.spec.id))
+            return
+        for dictionary in self.bank:
+            start.take_over(dictionary, self.job.scales)
 
     def windows(self, source: Iterator[harvest.Rows]) -> Iterator[Iterator[tuple[dict[str, Tensor], float, Position]]]:
         """For each window from this position on, its batches."""
@@ -167,8 +171,17 @@ class Rank:
 
     def step(self, rows: dict[str, Tensor], progress: float) -> None:
         scaled = {key: tensor.float() / self.job.scales[key].scale for key, tensor in rows.items()}
+        concatenated: dict[tuple[Site, ...], Tensor] = {}  # dictionaries of the same sites share their rows
+
+        def rows_of(sites: list[Site]) -> Tensor:
+            key = tuple(sites)
+            if key not in concatenated:
+                parts = [scaled[site.key] for site in sites]
+                concatenated[key] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            return concatenated[key]
+
         for dictionary in self.bank:
-            dictionary.step(scaled[dictionary.spec.reads.key], progress)
+            dictionary.step(rows_of(dictionary.spec.reads), rows_of(dictionary.spec.writes), progress)
 
     def stop_requested(self) -> bool:
         """Whether to stop here: all ranks must agree, so rank 0's view is everyone's."""

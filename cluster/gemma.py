@@ -16,12 +16,6 @@ from sae.sites import Site
 GEMMA_3_TYPES = ("gemma3", "gemma3_text")
 
 
-def published_name(model: Model) -> str:
-    """`model_name` of the published config.json."""
-    known = packages.PUBLISHED_NAMES.get(model.name.removeprefix(packages.PREFIX))
-    return model.published_name or known or (Path(model.name).name if Path(model.name).is_dir() else model.name)
-
-
 def text_config(model: Model) -> Any:
     """The text model's Hugging Face config; UserError if the name is no Gemma 3. Nothing large is fetched."""
     from huggingface_hub import HfApi, try_to_load_from_cache
@@ -116,6 +110,13 @@ def _hook(layer: nn.Module, name: str, edit: Edit) -> Any:
         return layer.get_submodule("self_attn.o_proj").register_forward_pre_hook(before)
     module = {"mlp_in": "pre_feedforward_layernorm", "mlp_out": "post_feedforward_layernorm", "resid_post": ""}[name]
     return layer.get_submodule(module).register_forward_hook(lambda _, inputs, output: edit(output))
+
+
+def splice(positions: Tensor, rows_BD: Tensor | None, tensor: Tensor) -> Tensor:
+    """A site's tensor [sequences, T, D] with the rows at flat `positions` replaced, by zeros if there are none."""
+    flat = tensor.flatten(0, 1).clone()
+    flat[positions] = 0 if rows_BD is None else rows_BD.to(flat.dtype)
+    return flat.view_as(tensor)
 
 
 class _Stop(Exception):

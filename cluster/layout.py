@@ -1,17 +1,20 @@
 """Layout: which rank holds which dictionaries, and what memory a sweep needs, before it starts."""
 
+import math
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from cluster import gemma
 from cluster.errors import UserError
 from cluster.recipe import Recipe
-from sae.dictionary import parameter_count
+from sae.shape import Shape
 from sae.sites import Site
 from sae.spec import DictionarySpec
 
 GIB = 2**30
 PROCESS_BYTES = GIB // 2  # one Ray worker with torch and transformers loaded; measured here
 RAY_BYTES = 5 * GIB // 2  # the driver, the Train controller and Ray's own processes; measured here
+LISTED = 32  # dictionaries; the table of a larger sweep has a line a rank
 
 
 class Layout(NamedTuple):
@@ -20,47 +23,53 @@ class Layout(NamedTuple):
     ranks: list[list[DictionarySpec]]
     widths: dict[str, int]
     """D of every site key."""
+    model_layers: int
 
     @property
     def sites(self) -> list[Site]:
-        return sorted({spec.reads for rank in self.ranks for spec in rank}, key=lambda site: site.depth)
+        return _sites([spec for rank in self.ranks for spec in rank])
 
     @property
     def keys_by_rank(self) -> list[list[str]]:
-        """Site keys that each rank's dictionaries read."""
-        return [list(dict.fromkeys(spec.reads.key for spec in rank)) for rank in self.ranks]
+        """Site keys that each rank's dictionaries read and write."""
+        return [[site.key for site in _sites(specs)] for specs in self.ranks]
+
+    def parameters(self, spec: DictionarySpec) -> int:
+        return Shape.of(spec, self.widths).parameter_count(spec.options.affine)
+
+
+def _sites(specs: list[DictionarySpec]) -> list[Site]:
+    """Each once, by depth."""
+    return sorted({site for spec in specs for site in spec.sites}, key=lambda site: site.depth)
 
 
 def lay_out(recipe: Recipe, config: Any) -> Layout:
-    """Cuts the dictionaries, in the order of their sites, into runs of nearly equal cost, one a rank.
+    """Cuts the dictionaries, in the order of their first sites, into runs of nearly equal cost, one a rank.
 
-    Runs that follow the sites' order send at most one site to two neighbouring ranks. `config` is the text model's.
-    UserError if a layer does not exist or a rank would be idle.
+    Runs that follow the sites' order send few sites to two ranks. `config` is the text model's. UserError if a layer
+    does not exist or a rank would be idle.
     """
     specs, layers = recipe.specs(), config.num_hidden_layers
     for spec in specs:
-        if spec.layer >= layers:
+        if spec.layers[-1] >= layers:
             raise UserError(
                 "sweep.layers",
-                f"layer {spec.layer}, but {recipe.model.name} has layers 0 to {layers - 1}: name one of these",
+                f"layer {spec.layers[-1]}, but {recipe.model.name} has layers 0 to {layers - 1}: name one of these",
             )
     if recipe.fit.workers > len(specs):
         raise UserError("fit.workers", f"{recipe.fit.workers} workers for {len(specs)} dictionaries: at most one each")
-    widths = {spec.reads.key: gemma.site_width(config, spec.reads) for spec in specs}
-    ranks: list[list[DictionarySpec]] = []
-    rest = list(specs)
+    widths = {site.key: gemma.site_width(config, site) for site in _sites(specs)}
+    whole = Layout([specs], widths, layers)
+    # All of a step but its dense encoder product grows as the parameters do.
+    costs = [whole.parameters(spec) for spec in specs]
+    ranks, first = [], 0
     for remaining in range(recipe.fit.workers, 0, -1):
-        share = sum(_cost(spec, widths) for spec in rest) / remaining
-        taken = [rest.pop(0)]
-        while len(rest) >= remaining and sum(_cost(s, widths) for s in taken) + _cost(rest[0], widths) / 2 <= share:
-            taken.append(rest.pop(0))
-        ranks.append(taken)
-    return Layout(ranks, widths)
-
-
-def _cost(spec: DictionarySpec, widths: dict[str, int]) -> int:
-    """A step's cost is all but that of its dense encoder product, which grows as F·D."""
-    return spec.width * widths[spec.reads.key]
+        share, end = sum(costs[first:]) / remaining, first + 1
+        while len(specs) - end >= remaining and sum(costs[first:end]) + costs[end] / 2 <= share:
+            end += 1
+        ranks.append(specs[first:end])
+        first = end
+    return whole._replace(ranks=ranks)
 
 
 class Memory(NamedTuple):
@@ -75,32 +84,88 @@ class Memory(NamedTuple):
 
 
 def memory(recipe: Recipe, layout: Layout, model_parameters: int) -> Memory:
-    """Parameters, gradients and Adam's two moments of a rank's dictionaries; three copies of its window in bf16
-    (held, sent, received); a batch's dense pre-activations; on the harvest side the weights and a block's rows."""
+    """The peak of a worker, and of a harvest actor: the model's weights and a few times a block's rows."""
     item = 2 if recipe.model.dtype == "bfloat16" else 4
-    window_rows = recipe.stream.window_sequences * recipe.corpus.context
     block_rows = recipe.harvest.sequences * recipe.corpus.context
-    row_bytes = 2 * sum(layout.widths.values())
+    all_keys, keys_by_rank = list(layout.widths), layout.keys_by_rank
+    sent = sum(_row_bytes(layout, keys) for keys in keys_by_rank)
     workers = [
         PROCESS_BYTES
-        + sum(16 * parameter_count(spec, layout.widths[spec.reads.key]) for spec in specs)
-        + 3 * window_rows * row_bytes
-        + sum(4 * recipe.stream.batch_rows * spec.width for spec in specs)
-        for specs in layout.ranks
+        + _bank_bytes(recipe, layout, specs, keys)
+        + _window_bytes(recipe, _row_bytes(layout, all_keys) + sent, _row_bytes(layout, keys))
+        for specs, keys in zip(layout.ranks, keys_by_rank, strict=True)
     ]
-    return Memory(PROCESS_BYTES + model_parameters * item + 4 * block_rows * row_bytes, workers)
+    harvest = PROCESS_BYTES + model_parameters * item + 4 * block_rows * _row_bytes(layout, all_keys)
+    return Memory(harvest, workers)
+
+
+def _bank_bytes(recipe: Recipe, layout: Layout, specs: list[DictionarySpec], keys: list[str]) -> int:
+    """Parameters, gradients and Adam's two moments of all its dictionaries, and the dense pre-activations that each
+    keeps; of the one that takes most, what a step needs besides; one batch of all its sites in float32."""
+    batch = recipe.stream.batch_rows
+    kept = sum(16 * layout.parameters(spec) + 4 * batch * spec.width for spec in specs)
+    passing = max(_step_bytes(spec, layout, batch) for spec in specs)
+    # A site's rows, and at most two concatenations of sites that several dictionaries share.
+    return kept + passing + 3 * 4 * batch * sum(layout.widths[key] for key in keys)
+
+
+def _step_bytes(spec: DictionarySpec, layout: Layout, batch: int) -> int:
+    """Errors, gradients and one group's part of them, for each Matryoshka segment; a mask and a copy of the
+    pre-activations where the active ones are chosen."""
+    segments = 1 + len(spec.options.matryoshka.prefixes) if spec.options.matryoshka else 1
+    return 3 * 4 * batch * segments * Shape.of(spec, layout.widths).d_out + (1 + 4) * batch * spec.width
+
+
+def _window_bytes(recipe: Recipe, pulled_row: int, own_row: int) -> int:
+    """A rank's share of a window's rows with all sites, and again as they are sent, `pulled_row` bytes a row; and three
+    copies of all rows of its own sites, `own_row` bytes each: received, taken apart by site, and sorted."""
+    blocks = math.ceil(recipe.stream.window_sequences / recipe.harvest.sequences)
+    pulled = (math.ceil(blocks / recipe.fit.workers) + 1) * recipe.harvest.sequences  # a block is prefetched
+    return recipe.corpus.context * (pulled * pulled_row + 3 * recipe.stream.window_sequences * own_row)
+
+
+def _row_bytes(layout: Layout, keys: list[str]) -> int:
+    """One row of some sites in bf16."""
+    return 2 * sum(layout.widths[key] for key in keys)
+
+
+def span(spec: DictionarySpec) -> str:
+    """What a dictionary reads and writes, in a word: resid_post.9, transcoder.9, clt.0-17."""
+    layers = spec.layers
+    across = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+    return f"{spec.site if spec.kind == 'sae' else spec.kind}.{across}"
 
 
 def table(recipe: Recipe, layout: Layout, planned: Memory) -> str:
     """The plan: who holds what, and why it fits."""
-    lines = [f"{'rank':<5} {'dictionary':<52} {'reads':<22} {'parameters':>12}"]
-    for rank, specs in enumerate(layout.ranks):
-        for spec in specs:
-            count = parameter_count(spec, layout.widths[spec.reads.key])
-            lines.append(f"{rank:<5} {spec.id:<52} {spec.reads.key:<22} {count:>12,}")
-    workers = ", ".join(f"{size / GIB:.1f}" for size in planned.workers)
+    specs = [spec for rank in layout.ranks for spec in rank]
+    lines = _dictionary_lines(layout) if len(specs) <= LISTED else _summary_lines(layout, planned)
+    sizes = [f"{size / GIB:.1f}" for size in planned.workers]
+    workers = ", ".join(sizes) if len(sizes) <= 4 else f"{len(sizes)}, the largest {max(planned.workers) / GIB:.1f}"
     lines.append(
-        f"memory   {planned.total(recipe) / GIB:.1f} GiB: workers {workers}; "
+        f"memory   {planned.total(recipe) / GIB:,.1f} GiB: workers {workers}; "
         f"{recipe.harvest.actors} harvest x {planned.harvest / GIB:.1f}; the rest Ray and the driver"
     )
     return "\n".join(lines)
+
+
+def _dictionary_lines(layout: Layout) -> list[str]:
+    lines = [f"{'rank':<5} {'dictionary':<52} {'of':<22} {'parameters':>14}"]
+    for rank, specs in enumerate(layout.ranks):
+        lines += [f"{rank:<5} {spec.id:<52} {span(spec):<22} {layout.parameters(spec):>14,}" for spec in specs]
+    return lines
+
+
+def _summary_lines(layout: Layout, planned: Memory) -> list[str]:
+    """A line a directory of the suites, and a line a rank."""
+    lines = [f"{'directory':<22} {'dictionaries':>12} {'parameters':>18}"]
+    specs = sorted((spec for rank in layout.ranks for spec in rank), key=lambda spec: spec.folder)
+    for directory, part in groupby(specs, key=lambda spec: spec.folder.partition("/")[0]):
+        counts = [layout.parameters(spec) for spec in part]
+        lines.append(f"{directory:<22} {len(counts):>12} {sum(counts):>18,}")
+    lines += ["", f"{'rank':<5} {'dictionaries':>12} {'parameters':>18} {'GiB':>7}  first and last"]
+    for rank, held in enumerate(layout.ranks):
+        count, size = sum(map(layout.parameters, held)), planned.workers[rank] / GIB
+        first_and_last = " … ".join(dict.fromkeys((span(held[0]), span(held[-1]))))
+        lines.append(f"{rank:<5} {len(held):>12} {count:>18,} {size:>7.1f}  {first_and_last}")
+    return lines

@@ -7,10 +7,12 @@ from collections import defaultdict
 from pathlib import Path
 
 from cluster.console import say
-from cluster.layout import Layout
+from cluster.layout import Layout, span
 from cluster.stream import Order
 
 PLAIN_EVERY_SECONDS = 15  # between lines where the output is no terminal, as in a job's log
+
+SHOWN = 8  # mean FVUs on the line; if there were more, one a kind
 
 
 class LiveLine:
@@ -18,7 +20,10 @@ class LiveLine:
 
     def __init__(self, path: Path, layout: Layout, order: Order):
         self.path, self.order = path, order
-        self.keys = {spec.id: spec.reads.key for specs in layout.ranks for spec in specs}
+        specs = [spec for rank in layout.ranks for spec in rank]
+        self.keys = {spec.id: span(spec) for spec in specs}
+        if len(set(self.keys.values())) > SHOWN:
+            self.keys = {spec.id: spec.kind for spec in specs}
         self.terminal = sys.__stdout__ is not None and sys.__stdout__.isatty()
         self.shown_at, self.text = 0.0, ""
 

@@ -1,6 +1,7 @@
 """Publishing: trained states → artifact folders, first staged, then sealed by their manifests and moved into place.
 
-A suite is one model and one activation recipe, so that a suite folder looks like one Gemma Scope 2 repository.
+A suite is one model, one activation and one set of options, so that its folder (gemma-3-270m-jumprelu-matryoshka)
+looks like a Gemma Scope 2 repository.
 """
 
 import json
@@ -8,34 +9,29 @@ from pathlib import Path
 
 import torch
 
-from cluster import checkpoint, gemma
+from cluster import checkpoint
 from cluster.calibrate import SiteScale
 from cluster.evaluate import Evaluated
 from cluster.layout import Layout
 from cluster.recipe import Recipe
-from sae import artifact
-from sae.spec import DictionarySpec
+from sae import artifact, saelens
 from sae.step import TrainingDictionary
-
-
-def suite_name(recipe: Recipe, spec: DictionarySpec) -> str:
-    """gemma-3-270m-batch_topk: the model's short name and the activation."""
-    return f"{Path(gemma.published_name(recipe.model)).name}-{spec.activation}"
 
 
 def folders(recipe: Recipe, root: Path) -> dict[str, Path]:
     """Where each dictionary's artifact lies below `root`."""
-    return {spec.id: root / suite_name(recipe, spec) / artifact.folder_name(spec) for spec in recipe.specs()}
+    model = Path(recipe.model.public_name).name
+    return {cell.spec.id: root / f"{model}-{cell.suite}" / cell.spec.folder for cell in recipe.cells()}
 
 
 def stage(recipe: Recipe, layout: Layout, scales: dict[str, SiteScale], trained: Path, root: Path) -> dict[str, Path]:
     """Folds every dictionary of a checkpoint and writes it below `root`, which must not exist yet."""
-    places = folders(recipe, root)
+    places, factors = folders(recipe, root), {key: site.scale for key, site in scales.items()}
     for spec in recipe.specs():
-        dictionary = TrainingDictionary(spec, layout.widths[spec.reads.key], torch.device("cpu"))
+        dictionary = TrainingDictionary(spec, layout.widths, torch.device("cpu"))
         dictionary.load(checkpoint.load(trained, spec.id))
-        folded = dictionary.folded(scales[spec.reads.key].scale)
-        artifact.write(places[spec.id], folded, artifact.config(spec, gemma.published_name(recipe.model)))
+        config = artifact.config(spec, recipe.model.public_name, layout.model_layers)
+        artifact.write(places[spec.id], dictionary.folded(factors), config)
         artifact.seal(places[spec.id])
     return places
 
@@ -46,4 +42,15 @@ def publish(recipe: Recipe, staged: Path, published: Path, results: dict[str, Ev
         (folder / "metrics.json").write_text(json.dumps({"id": id} | results[id].scores._asdict(), indent=2) + "\n")
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
         artifact.seal(folder)
+    if recipe.publication.saelens:
+        _write_for_saelens(recipe, staged)
     staged.rename(published)
+
+
+def _write_for_saelens(recipe: Recipe, root: Path) -> None:
+    """SAEs and transcoders in SAELens' own folders, in a suite beside that which holds them."""
+    for cell in recipe.cells():
+        if cell.spec.kind in ("sae", "transcoder"):
+            folder = folders(recipe, root)[cell.spec.id]
+            suite = folder.parents[len(Path(cell.spec.folder).parts) - 1]
+            saelens.write(suite.with_name(f"{suite.name}-saelens") / cell.spec.folder, *artifact.read(folder))

@@ -1,9 +1,5 @@
 """The recipe: one YAML file, one frozen model, and the grid of dictionaries that it expands to."""
 
-import difflib
-import hashlib
-import itertools
-import json
 import os
 import types
 import typing
@@ -11,13 +7,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError
 
+from cluster import suite
 from cluster.errors import UserError
-from sae import artifact
+from cluster.grid import Cell, Context, FromPreset, Grid, Name, expand, nearest
+from cluster.packages import PREFIX, PUBLISHED_NAMES
 from sae.spec import DictionarySpec, Strict, Training
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
 class Model(Strict):
@@ -28,6 +24,12 @@ class Model(Strict):
     published_name: str | None = None
     """`model_name` in the published config.json; by default `name`, or what the package says."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    @property
+    def public_name(self) -> str:
+        """`model_name` of the published config.json."""
+        known = self.published_name or PUBLISHED_NAMES.get(self.name.removeprefix(PREFIX))
+        return known or (Path(self.name).name if Path(self.name).is_dir() else self.name)
 
 
 class Corpus(Strict):
@@ -67,23 +69,6 @@ class Stream(Strict):
     """A window is cut into batches of nearly this size, none of its rows left over."""
 
 
-class Grid(Strict):
-    """A grid of dictionaries: every combination of its lists."""
-
-    kind: Literal["sae"] = "sae"
-    sites: list[Literal["attn_out", "mlp_in", "mlp_out", "resid_post"]] = Field(["resid_post"], min_length=1)
-    layers: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
-    activations: list[Literal["batch_topk", "jumprelu"]] = Field(min_length=1)
-    widths: list[PositiveInt] = Field(min_length=1)
-    l0s: list[PositiveInt] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _sparse(self) -> "Grid":
-        if max(self.l0s) >= min(self.widths):
-            raise ValueError(f"l0 {max(self.l0s)} is not below width {min(self.widths)}: lower l0s or raise widths")
-        return self
-
-
 class Fit(Strict):
     """The Ray Train job."""
 
@@ -104,6 +89,26 @@ class Evaluation(Strict):
     """Tokens on which reconstructions are spliced into the model; FVU, L0 and dead latents use all held-out ones."""
 
 
+class EndToEnd(Strict):
+    """Finetuning with the model in the loop, after the fit: L = (MSE + αβ·KL)/(1 + β), Gemma Scope 2's."""
+
+    tokens: PositiveInt
+    """Of the training text, from its start."""
+    beta: float = Field(1.0, gt=0)
+    """Weight of the KL term against the squared error (*assumed*: not public)."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """(*assumed*: not public.)"""
+    sequences: PositiveInt = 2
+    """A step."""
+
+
+class Publication(Strict):
+    """What is written beside Gemma Scope 2's folders."""
+
+    saelens: bool = False
+    """SAEs and transcoders in SAELens' own format too, in a suite folder of their own."""
+
+
 class Recipe(Strict):
     """A whole sweep."""
 
@@ -116,36 +121,34 @@ class Recipe(Strict):
     harvest: Harvest = Harvest()
     stream: Stream = Stream()
     sweep: list[Grid] = Field(min_length=1)
-    training: Training = Training()
+    training: Annotated[Training, FromPreset] = Training()
+    """Fields of `Training`, the name of a preset of sae/presets.py, or `base: NAME` and the fields that differ."""
     fit: Fit = Fit()
+    end_to_end: EndToEnd | None = None
     evaluation: Evaluation = Evaluation()
+    publication: Publication = Publication()
+
+    def cells(self) -> list[Cell]:
+        """The dictionaries of the sweep, by the depth of their first sites; UserError if two have one folder."""
+        shared = self.model_dump(include={"seed", "model", "corpus", "stream"})
+        harvest = self.harvest.model_dump(include={"sequences", "calibration_sequences", "outlier_norm"})
+        layers = suite.model_layers(self.model.public_name)
+        context = Context(self.model.name, layers, self.seed, self.training, shared | {"harvest": harvest})
+        cells = [cell for n, grid in enumerate(self.sweep) for cell in expand(grid, f"sweep.{n}", context)]
+        seen: dict[str, str] = {}
+        for cell in cells:
+            place = f"{cell.suite}/{cell.spec.folder}"
+            if place in seen:
+                raise UserError(
+                    "sweep",
+                    f"{seen[place]} and {cell.spec.id} would both publish to {place}: drop one of them, or give the "
+                    "grid of one a suite",
+                )
+            seen[place] = cell.spec.id
+        return sorted(cells, key=lambda cell: cell.spec.sites[0].depth)
 
     def specs(self) -> list[DictionarySpec]:
-        """The dictionaries of the sweep, by site and layer; UserError if two would publish to one folder."""
-        specs = [
-            self._spec(site=site, layer=layer, kind=grid.kind, activation=activation, width=width, l0=l0)
-            for grid in self.sweep
-            for site, layer, activation, width, l0 in itertools.product(
-                grid.sites, grid.layers, grid.activations, grid.widths, grid.l0s
-            )
-        ]
-        seen: dict[str, str] = {}
-        for spec in specs:
-            place = f"{spec.activation}/{artifact.folder_name(spec)}"
-            if place in seen:
-                raise UserError("sweep", f"{seen[place]} and {spec.id} would both publish to {place}: drop one of them")
-            seen[place] = spec.id
-        return sorted(specs, key=lambda spec: spec.reads.depth)
-
-    def _spec(self, **cell: typing.Any) -> DictionarySpec:
-        shared = self.model_dump(include={"seed", "model", "corpus", "stream", "training"})
-        harvest = self.harvest.model_dump(include={"sequences", "calibration_sequences", "outlier_norm"})
-        identity = json.dumps([shared, harvest, cell], sort_keys=True).encode()
-        name = "{site}-{layer}-{activation}-{width}-l0-{l0}".format(
-            **cell | {"width": artifact.width_label(cell["width"])}
-        )
-        id = f"{name}-{hashlib.sha256(identity).hexdigest()[:8]}"
-        return DictionarySpec(id=id, seed=self.seed, training=self.training, **cell)
+        return [cell.spec for cell in self.cells()]
 
     @property
     def train_sequences(self) -> int:
@@ -156,14 +159,20 @@ class Recipe(Strict):
         return self.corpus.heldout_tokens // self.corpus.context
 
     def folder(self) -> Path:
-        """The run folder, absolute. A submitted job's own folder is temporary, so there the default is the home."""
-        submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-        base = os.environ.get("SCOPEWORKS_HOME") or (Path.home() / "scopeworks" if submitted else Path.cwd())
-        return Path(base, self.output).absolute()
+        """The run folder, absolute."""
+        return below_home(self.output)
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def below_home(path: str) -> Path:
+    """An absolute path; a relative one lies below SCOPEWORKS_HOME, or the current folder. A submitted job's own folder
+    is temporary, so there the default is the home."""
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    base = os.environ.get("SCOPEWORKS_HOME") or (Path.home() / "scopeworks" if submitted else Path.cwd())
+    return Path(base, path).absolute()
 
 
 def load(path: str) -> Recipe:
@@ -197,7 +206,13 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
             f"{recipe.stream.window_sequences} is no multiple of harvest.sequences "
             f"({recipe.harvest.sequences}): a window holds whole forward passes",
         )
-    recipe.specs()
+    for spec in recipe.specs():
+        if recipe.end_to_end and spec.activation == "topk":
+            raise UserError("end_to_end", f"{spec.id} is a TopK, which has no thresholds: drop topk or end_to_end")
+        if recipe.publication.saelens and spec.activation == "topk" and spec.kind == "transcoder":
+            raise UserError(
+                "publication.saelens", f"SAELens has no TopK transcoder such as {spec.id}: drop one of them"
+            )
     return recipe
 
 
@@ -207,10 +222,7 @@ def _explain(error: ValidationError) -> UserError:
     fault, location = faults[0], faults[0]["loc"]
     field = ".".join(str(part) for part in location) or "recipe"
     if fault["type"] == "extra_forbidden":
-        valid = _keys_at(location[:-1])
-        nearest = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.4)
-        remedy = f"did you mean {nearest[0]}?" if nearest else f"valid keys are {', '.join(valid)}"
-        return UserError(field, f"unknown key; {remedy}")
+        return UserError(field, f"unknown key; {nearest(str(location[-1]), _keys_at(location[:-1]))}")
     if fault["type"] == "missing":
         return UserError(field, "is missing: give it a value")
     return UserError(field, f"{fault['msg'].removeprefix('Value error, ')} (it is {fault['input']!r:.80})")

@@ -14,11 +14,24 @@ from typing import Any
 
 import numpy as np
 
-from cluster import checkpoint, corpus, evaluate, fit, gemma, publish, report, session, sources, tracking
+from cluster import (
+    checkpoint,
+    corpus,
+    end_to_end,
+    evaluate,
+    fit,
+    gemma,
+    publish,
+    report,
+    session,
+    sources,
+    start,
+    tracking,
+)
 from cluster.calibrate import SiteScale, calibrate
 from cluster.console import say, this_command
 from cluster.errors import UserError
-from cluster.layout import Layout, lay_out, memory, table
+from cluster.layout import Layout, Memory, lay_out, memory, table
 from cluster.packages import GEMMA_NOTICE, is_package
 from cluster.progress import LiveLine
 from cluster.recipe import Recipe
@@ -64,13 +77,37 @@ def run(recipe: Recipe, *, fresh: bool) -> int:
         return 0
 
 
+def plan(recipe: Recipe) -> int:
+    """Prints who would hold what and the memory that it takes, and starts and fetches nothing. Returns 0."""
+    layout, planned = _lay_out(recipe)
+    _show(recipe, layout, planned)
+    try:
+        session.check_memory(recipe, planned)
+    except UserError as error:
+        say(f"note     here it would not start: {error}")
+    return 0
+
+
 def _plan(recipe: Recipe) -> Layout:
     """Checks everything that can be known before anything is started, and prints the plan."""
-    config = gemma.text_config(recipe.model)
-    layout = lay_out(recipe, config)
-    planned = memory(recipe, layout, gemma.parameters(config))
+    layout, planned = _lay_out(recipe)
     session.check_memory(recipe, planned)
     sources.find(recipe.corpus)
+    start.check(recipe, layout)
+    _show(recipe, layout, planned)
+    location = gemma.locate(recipe.model)
+    if is_package(recipe.model.name):
+        say("licence  " + GEMMA_NOTICE.format(folder=location))
+    return layout
+
+
+def _lay_out(recipe: Recipe) -> tuple[Layout, Memory]:
+    config = gemma.text_config(recipe.model)
+    layout = lay_out(recipe, config)
+    return layout, memory(recipe, layout, gemma.parameters(config))
+
+
+def _show(recipe: Recipe, layout: Layout, planned: Memory) -> None:
     order = Order.of(recipe)
     say(f"plan     {recipe.name}: {len(recipe.specs())} dictionaries from one pass of {recipe.model.name}")
     say(table(recipe, layout, planned))
@@ -78,10 +115,6 @@ def _plan(recipe: Recipe) -> Layout:
         f"text     {order.sequences * order.context:,} tokens to train on in {order.windows} windows, about "
         f"{order.steps} steps; {recipe.heldout_sequences * recipe.corpus.context:,} held out"
     )
-    location = gemma.locate(recipe.model)
-    if is_package(recipe.model.name):
-        say("licence  " + GEMMA_NOTICE.format(folder=location))
-    return layout
 
 
 class Stop:
@@ -139,9 +172,12 @@ class Sweep:
     def _fit_and_publish(self, scales: dict[str, SiteScale], runs: tracking.Runs) -> None:
         with self._stage("fit"):
             trained = self._fit(scales, runs)
+        shutil.rmtree(self.folder.staging, ignore_errors=True)
+        staged = publish.stage(self.recipe, self.layout, scales, trained, self.folder.staging)
+        if self.recipe.end_to_end:
+            with self._stage("end to end"):
+                end_to_end.finetune(self.recipe, staged, scales, self.folder.tokens / "train.npy")
         with self._stage("evaluate"):
-            shutil.rmtree(self.folder.staging, ignore_errors=True)
-            staged = publish.stage(self.recipe, self.layout, scales, trained, self.folder.staging)
             results = evaluate.evaluate(self.recipe, staged, scales, self.folder.tokens / "heldout.npy")
         with self._stage("publish"):
             shutil.rmtree(self.folder.published, ignore_errors=True)

@@ -99,8 +99,8 @@ class Runs:
 
         tags = {"mlflow.parentRunId": self.parent, "dictionary": spec.id}
         run = self.client.create_run(self.experiment, run_name=spec.id, tags=tags).info.run_id
-        fields = spec.model_dump(exclude={"id", "l0", "training"}) | spec.training.model_dump()
-        fields |= {"l0_target": spec.l0, "rank": rank}
+        fields = spec.model_dump(exclude={"id", "l0", "options", "training"}) | {"l0_target": spec.l0, "rank": rank}
+        fields |= _flat(spec.options.model_dump()) | _flat(spec.training.model_dump())
         fields |= {"model": recipe.model.name, "train_tokens": recipe.corpus.train_tokens}
         self.client.log_batch(run, params=[Param(key, str(value)) for key, value in fields.items()])
         self.client.log_text(run, recipe.to_yaml(), "recipe.yaml")
@@ -125,6 +125,15 @@ class Runs:
     def close(self, status: str) -> None:
         for run in (*self.children.values(), self.parent):
             self.client.set_terminated(run, status)
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted names, which MLflow can compare one by one."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        nested = {f"{name}.{key}": part for key, part in _flat(value).items()} if isinstance(value, dict) else {}
+        flat |= nested or {name: value}
+    return flat
 
 
 class FitReporter(UserCallback):

@@ -11,6 +11,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", help="YAML file; jobs/recipes/ holds some")
     parser.add_argument("--fresh", action="store_true", help="throw away what the run folder holds and start anew")
+    parser.add_argument("--plan", action="store_true", help="print who would hold what and the memory, start nothing")
     arguments = parser.parse_args()
 
     from cluster import recipe, session
@@ -21,7 +22,7 @@ def main() -> int:
         session.set_environment()
         from cluster import sweep  # imports Ray, torch and transformers: seconds that a wrong recipe need not wait
 
-        return sweep.run(loaded, fresh=arguments.fresh)
+        return sweep.plan(loaded) if arguments.plan else sweep.run(loaded, fresh=arguments.fresh)
     except (UserError, KeyboardInterrupt) as error:
         reason = f"error: {error}" if isinstance(error, UserError) else "stopped before anything was started"
         print(reason, file=sys.stderr, flush=True)

@@ -1,26 +1,33 @@
 """How latents become sparse in training: which pairs of a batch are active, and how gradients pass through.
 
-Each activation offers the same four things: `start` from the first batch, `select` the pairs, `backward`
-from gradients of values to gradients of pre-activations, and the `threshold` that ships (every dictionary
-ships as JumpReLU, as Gemma Scope 2 does). Its tensors are in `state`, so a checkpoint cannot forget one.
+Each activation offers the same: `start` from the first batch, `select` the pairs, `backward` from gradients of values
+to gradients of pre-activations (its own penalty included), and what `ships` (all but TopK as JumpReLU, as Gemma Scope 2
+does). Its tensors are in `state`, so a checkpoint cannot forget one; the `learned` ones get gradients.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sae.pairs import Pairs
+from sae.schedule import Now
 from sae.spec import DictionarySpec
 
-THRESHOLD_MEMORY = 0.9  # of the running mean of BatchTopK's batch thresholds; measured here
+THRESHOLD_MEMORY = 0.9  # of the running mean of batch thresholds; measured here
+CONTROL_DAMPING = 30  # steps over which a change of L0 counts as much as an excess; measured here
+LP_FLOOR = 1e-3  # added to f in f^p, whose slope is infinite at 0; assumed
 
 
-def _pairs_where(mask_BF: Tensor, pre_BF: Tensor) -> Pairs:
-    flat_P = mask_BF.flatten().nonzero()[:, 0]
-    pre_P = pre_BF.flatten()[flat_P]
-    width = mask_BF.shape[1]
-    return Pairs(flat_P // width, flat_P % width, pre_P, pre_P)
+class Ships(NamedTuple):
+    """The JumpReLU that an activation is at the end: active where gain·z + shift > threshold, with that value. [F]"""
+
+    gain_F: Tensor
+    shift_F: Tensor
+    threshold_F: Tensor
+    k: int | None = None
+    """If given, at most so many latents a row, the largest."""
 
 
 def _kth_largest(pre_BF: Tensor, k: int, guess: float = -math.inf) -> Tensor:
@@ -32,73 +39,258 @@ def _kth_largest(pre_BF: Tensor, k: int, guess: float = -math.inf) -> Tensor:
     return among.kthvalue(len(among) - k + 1).values
 
 
-class BatchTopK:
-    """The B·l0 largest positive pre-activations of the batch are active (Bussmann et al. 2024, BatchTopK SAEs)."""
+def _at_l0(pre_BF: Tensor, l0: float, guess: float = -math.inf) -> Tensor:
+    """The threshold at which a batch has this mean number of active latents, at least 0."""
+    return _kth_largest(pre_BF, round(l0 * len(pre_BF)), guess).clamp_min(0)
 
-    def __init__(self, spec: DictionarySpec, device: torch.device):
-        self.l0 = spec.l0
-        self.state = {"threshold": torch.zeros((), device=device)}
+
+class Activation:
+    """What all have in common; the gradient passes to the active pre-activations unchanged."""
+
+    rebuilds_frozen = False
+    """Whether relu(z) must rebuild the rows too, through a decoder held constant (Gated)."""
+
+    def __init__(self, spec: DictionarySpec, device: torch.device, dtype: torch.dtype):
+        self.spec, self.width = spec, spec.width
+        self.device, self.dtype = device, dtype
+        self.state: dict[str, Tensor] = {}
         self.learned: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
 
-    def start(self, pre_BF: Tensor) -> None:
-        self.state["threshold"].copy_(_kth_largest(pre_BF, self.l0 * len(pre_BF)).clamp_min(0))
+    def start(self, pre_BF: Tensor, now: Now) -> float:
+        """Takes its first values from the first batch; what is to be added to b_enc."""
+        return 0.0
 
-    def select(self, pre_BF: Tensor) -> Pairs:
-        guess = 0.9 * self.state["threshold"].item()
-        cut = _kth_largest(pre_BF, self.l0 * len(pre_BF), guess).clamp_min(0)
-        self.state["threshold"].lerp_(cut, 1 - THRESHOLD_MEMORY)
-        return _pairs_where((pre_BF >= cut) & (pre_BF > 0), pre_BF)
+    def select(self, pre_BF: Tensor, now: Now) -> Pairs:
+        raise NotImplementedError
 
-    def backward(self, pairs: Pairs, grad_values_P: Tensor, n_rows: int, warmup: float) -> Tensor:
-        """The selection is held constant, so gradients pass to the active pre-activations unchanged."""
+    def backward(self, pairs: Pairs, grad_values_P: Tensor, n_rows: int, now: Now) -> Tensor:
+        """Gradients of the pre-activations [P]; puts those of `learned` into `gradients`."""
         return grad_values_P
 
-    def threshold(self, width: int) -> Tensor:
-        """One threshold for all latents: the running mean of the batches' smallest active value. [F]"""
-        return self.state["threshold"].expand(width).clone()
+    def ships(self) -> Ships:
+        return Ships(torch.ones_like(self._zeros()), self._zeros(), self.threshold())
+
+    def threshold(self) -> Tensor:
+        """The pre-activation above which each latent is active. [F]"""
+        return self._zeros()
+
+    def restart(self, latents: Tensor) -> None:
+        """Puts what belongs to some latents where a fresh one starts."""
+
+    def take_over(self, threshold_F: Tensor) -> Tensor:
+        """Starts from a published JumpReLU's thresholds, as nearly as the activation can; what is to be added to
+        b_enc. [F]"""
+        return self._zeros()
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.width, device=self.device, dtype=self.dtype)
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, device=self.device, dtype=self.dtype)
+
+    def _control(self, l0: Tensor, now: Now) -> None:
+        """Moves the penalty's coefficient towards where L0 meets its target: a penalty alone does not know it.
+
+        The change of the excess counts too: L0 answers late, and a controller of the excess alone swings.
+        """
+        excess = torch.log(l0.clamp_min(1e-3) / now.l0).clamp(-1, 1)
+        change = excess - self.state["excess"]
+        self.state["coefficient"] *= torch.exp(self.spec.training.l0_control * (excess + CONTROL_DAMPING * change))
+        self.state["excess"].copy_(excess)
 
 
-class JumpReLU:
-    """f = z·H(z − θ) with a threshold a latent (Rajamanoharan et al. 2024, JumpReLU SAEs, equations 4 and 11-12).
+class TopK(Activation):
+    """The l0 largest positive pre-activations of each row are active (Gao et al. 2024).
 
-    Penalty *published* (Gemma Scope 2, technical paper 2.2): λ·(2/L0*)·(L0 − L0*)², with L0 the batch mean
-    (*assumed*; the paper does not say whether it is per token). Straight-through estimators with the rectangle
-    kernel K on (−½, ½): ∂f/∂θ ≈ −(θ/ε)·K((z−θ)/ε) and ∂H(z−θ)/∂θ ≈ −(1/ε)·K((z−θ)/ε). θ stays float32 and is
-    never log-parametrised: Adam freezes a log threshold.
+    The one activation that ships as itself: no threshold gives rows of ten times the median norm as few latents as
+    others (*measured here*: FVU 4.3 with the threshold of mean L0 32, in place of 0.3).
     """
 
-    def __init__(self, spec: DictionarySpec, device: torch.device):
-        self.l0, self.bandwidth = spec.l0, spec.training.jumprelu_bandwidth
-        self.coefficient = spec.training.sparsity_coefficient
-        self.state = {"threshold": torch.zeros(spec.width, device=device)}
-        self.learned = self.state
+    def select(self, pre_BF: Tensor, now: Now) -> Pairs:
+        largest = pre_BF.topk(round(now.l0), dim=1, sorted=False).indices
+        mask_BF = torch.zeros_like(pre_BF, dtype=torch.bool).scatter_(1, largest, True)
+        return Pairs.where(mask_BF & (pre_BF > 0), pre_BF)
 
-    def start(self, pre_BF: Tensor) -> None:
-        """One threshold for all at which the first batch has the target L0 (*measured here*: the published
-        0.001 needs far more steps than a small run has)."""
-        self.state["threshold"].fill_(_kth_largest(pre_BF, self.l0 * len(pre_BF)).clamp_min(0))
+    def ships(self) -> Ships:
+        return super().ships()._replace(k=self.spec.l0)
 
-    def select(self, pre_BF: Tensor) -> Pairs:
+
+class BatchTopK(Activation):
+    """The B·l0 largest positive pre-activations of the batch are active (Bussmann et al. 2024).
+
+    It ships with the running mean of the batches' smallest active pre-activations as every latent's threshold.
+    """
+
+    def __init__(self, spec: DictionarySpec, device: torch.device, dtype: torch.dtype):
+        super().__init__(spec, device, dtype)
+        self.state = {"threshold": self._scalar(0.0)}
+
+    def start(self, pre_BF: Tensor, now: Now) -> float:
+        self.state["threshold"].copy_(_at_l0(pre_BF, now.l0))
+        return 0.0
+
+    def select(self, pre_BF: Tensor, now: Now) -> Pairs:
+        cut = _at_l0(pre_BF, now.l0, guess=0.9 * self.state["threshold"].item())
+        self.state["threshold"].lerp_(cut, 1 - THRESHOLD_MEMORY)
+        return Pairs.where((pre_BF >= cut) & (pre_BF > 0), pre_BF)
+
+    def take_over(self, threshold_F: Tensor) -> Tensor:
+        self.state["threshold"].copy_(threshold_F.median())
+        return self._zeros()
+
+    def threshold(self) -> Tensor:
+        return self.state["threshold"].expand(self.width).clone()
+
+
+class ReLU(Activation):
+    """f = relu(z) with the penalty λ·Σ f^p (Bricken et al. 2023; p-anneal: Karvonen et al. 2024)."""
+
+    def __init__(self, spec: DictionarySpec, device: torch.device, dtype: torch.dtype):
+        super().__init__(spec, device, dtype)
+        self.state = {"coefficient": self._scalar(spec.training.l1.coefficient), "excess": self._scalar(0.0)}
+
+    def start(self, pre_BF: Tensor, now: Now) -> float:
+        return -float(_at_l0(pre_BF, now.l0))
+
+    def select(self, pre_BF: Tensor, now: Now) -> Pairs:
+        pairs = Pairs.where(pre_BF > 0, pre_BF)
+        self._control(pairs.pre_P.new_tensor(len(pairs.pre_P) / len(pre_BF)), now)
+        return pairs
+
+    def backward(self, pairs: Pairs, grad_values_P: Tensor, n_rows: int, now: Now) -> Tensor:
+        return grad_values_P + self._penalty_slope(pairs.pre_P, now) / n_rows
+
+    def _penalty_slope(self, z_P: Tensor, now: Now) -> Tensor:
+        """∂(λ·Σ f^p)/∂f, λ rescaled so that the penalty is as large as with p = 1. [P]"""
+        strength, p = self.state["coefficient"] * now.sparsity, now.exponent
+        if p == 1:
+            return strength.expand(len(z_P))
+        raised_P = z_P + LP_FLOOR
+        return strength * (raised_P.sum() / raised_P.pow(p).sum()) * p * raised_P.pow(p - 1)
+
+
+class Gated(ReLU):
+    """Whether a latent is active, z > 0, and how strongly, relu(e^r·z + c), are learned apart (Rajamanoharan et al.
+    2024, Improving dictionary learning with gated SAEs: the tied form; its b_mag is our e^r·b_enc + c).
+
+    The penalty is on relu(z), and relu(z) must rebuild the rows through a decoder held constant. Such a dictionary is
+    a JumpReLU with pre-activation e^r·z + c and threshold c.
+    """
+
+    rebuilds_frozen = True
+
+    def __init__(self, spec: DictionarySpec, device: torch.device, dtype: torch.dtype):
+        super().__init__(spec, device, dtype)
+        self.learned = {"log_gain": self._zeros(), "shift": self._zeros()}
+        self.state |= self.learned
+
+    def start(self, pre_BF: Tensor, now: Now) -> float:
+        """As JumpReLU starts: active above a threshold, with the value that the pre-activation had before."""
+        cut = _at_l0(pre_BF, now.l0)
+        self.state["shift"].fill_(cut)
+        return -float(cut)
+
+    def select(self, pre_BF: Tensor, now: Now) -> Pairs:
+        pairs = super().select(pre_BF, now)
+        return pairs._replace(values_P=self._magnitude(pairs).clamp_min(0))
+
+    def backward(self, pairs: Pairs, grad_values_P: Tensor, n_rows: int, now: Now) -> Tensor:
+        gain_P = self.state["log_gain"].exp()[pairs.latents_P]
+        grad_magnitude_P = grad_values_P * (pairs.values_P > 0)
+        slopes = {"log_gain": grad_magnitude_P * gain_P * pairs.pre_P, "shift": grad_magnitude_P}
+        for name, slope_P in slopes.items():
+            self.gradients[name] = self._zeros().index_add_(0, pairs.latents_P, slope_P)
+        return grad_magnitude_P * gain_P + self._penalty_slope(pairs.pre_P, now) / n_rows
+
+    def take_over(self, threshold_F: Tensor) -> Tensor:
+        self.state["shift"].copy_(threshold_F)
+        return -threshold_F
+
+    def ships(self) -> Ships:
+        shift_F = self.state["shift"]
+        return Ships(self.state["log_gain"].exp(), shift_F.clone(), shift_F.clamp_min(0))
+
+    def restart(self, latents: Tensor) -> None:
+        for tensor in self.learned.values():
+            tensor[latents] = 0
+
+    def _magnitude(self, pairs: Pairs) -> Tensor:
+        return self.state["log_gain"].exp()[pairs.latents_P] * pairs.pre_P + self.state["shift"][pairs.latents_P]
+
+
+class JumpReLU(Activation):
+    """f = z·H(z − θ) with a threshold a latent (Rajamanoharan et al. 2024, JumpReLU SAEs, equations 4 and 11-12).
+
+    Straight-through estimators with the rectangle kernel K on (−½, ½): ∂f/∂θ ≈ −(θ/ε)·K((z−θ)/ε) and
+    ∂H(z−θ)/∂θ ≈ −(1/ε)·K((z−θ)/ε). θ stays float32 and is never log-parametrised: Adam freezes a log threshold.
+    Penalties: `JumpReLUSettings`. L0 is the batch mean (*assumed*: Gemma Scope 2 does not say whether per token).
+    """
+
+    def __init__(self, spec: DictionarySpec, device: torch.device, dtype: torch.dtype):
+        super().__init__(spec, device, dtype)
+        self.settings = spec.training.jumprelu
+        self.learned = {"threshold": self._zeros()}
+        self.state = self.learned | {
+            "coefficient": self._scalar(self.settings.coefficient),
+            "excess": self._scalar(0.0),
+        }
+
+    def start(self, pre_BF: Tensor, now: Now) -> float:
+        published = self.settings.threshold_start
+        self.state["threshold"].fill_(_at_l0(pre_BF, now.l0) if published is None else published)
+        return 0.0
+
+    def select(self, pre_BF: Tensor, now: Now) -> Pairs:
         """Active pairs, and those below their threshold by less than half the bandwidth, with value 0."""
         threshold_F = self.state["threshold"].clamp_(min=0)
-        pairs = _pairs_where(pre_BF > (threshold_F - self.bandwidth / 2).clamp_min(0), pre_BF)
+        pairs = Pairs.where(pre_BF > (threshold_F - self.settings.bandwidth / 2).clamp_min(0), pre_BF)
         active_P = pairs.pre_P > threshold_F[pairs.latents_P]
+        if self.settings.penalty != "quadratic":
+            self._control(active_P.sum() / len(pre_BF), now)
         return pairs._replace(values_P=pairs.pre_P * active_P)
 
-    def backward(self, pairs: Pairs, grad_values_P: Tensor, n_rows: int, warmup: float) -> Tensor:
+    def backward(self, pairs: Pairs, grad_values_P: Tensor, n_rows: int, now: Now) -> Tensor:
+        settings, strength = self.settings, self.state["coefficient"] * now.sparsity
         threshold_P = self.state["threshold"][pairs.latents_P]
         active_P = pairs.pre_P > threshold_P
-        in_band_P = (pairs.pre_P - threshold_P).abs() < self.bandwidth / 2
-        l0 = active_P.sum() / n_rows
-        penalty_slope = self.coefficient * warmup * (4 / self.l0) * (l0 - self.l0)
-        step_P = threshold_P * grad_values_P + penalty_slope / n_rows
-        gradient_F = torch.zeros_like(self.state["threshold"])
-        gradient_F.index_add_(0, pairs.latents_P, -(in_band_P / self.bandwidth) * step_P)
-        self.state["threshold"].grad = gradient_F
+        if settings.penalty == "tanh":
+            saturation_P = torch.tanh(settings.tanh_scale * pairs.values_P)
+            grad_values_P = grad_values_P + strength * settings.tanh_scale * (1 - saturation_P.square()) / n_rows
+        in_band_P = (pairs.pre_P - threshold_P).abs() < settings.bandwidth / 2
+        slope_F = self._frequency_slope(pairs.latents_P[active_P], n_rows, strength, now)
+        step_P = threshold_P * grad_values_P + slope_F[pairs.latents_P] / n_rows
+        gradient_F = self._zeros().index_add_(0, pairs.latents_P, -(in_band_P / settings.bandwidth) * step_P)
+        self.gradients["threshold"] = gradient_F
         return grad_values_P * active_P
 
-    def threshold(self, width: int) -> Tensor:
+    def _frequency_slope(self, active_latents_P: Tensor, n_rows: int, strength: Tensor, now: Now) -> Tensor:
+        """∂penalty/∂(frequency of each latent in the batch). [F]"""
+        settings = self.settings
+        frequency_F = torch.bincount(active_latents_P, minlength=self.width).to(self.dtype) / n_rows
+        excess_F = (frequency_F - settings.frequency_limit).clamp_min(0)
+        slope_F = excess_F * (2 * settings.frequency_coefficient * now.sparsity / settings.frequency_limit)
+        if settings.penalty == "linear":
+            slope_F += strength
+        elif settings.penalty == "quadratic":
+            slope_F += strength * (4 / now.l0) * (frequency_F.sum() - now.l0)
+        return slope_F
+
+    def restart(self, latents: Tensor) -> None:
+        self.state["threshold"][latents] = self.state["threshold"].median()
+
+    def take_over(self, threshold_F: Tensor) -> Tensor:
+        self.state["threshold"].copy_(threshold_F)
+        return self._zeros()
+
+    def threshold(self) -> Tensor:
         return self.state["threshold"].clamp_min(0).clone()
 
 
-ACTIVATIONS: dict[str, type[BatchTopK] | type[JumpReLU]] = {"batch_topk": BatchTopK, "jumprelu": JumpReLU}
+ACTIVATIONS: dict[str, type[Activation]] = {
+    "relu": ReLU,
+    "topk": TopK,
+    "batch_topk": BatchTopK,
+    "jumprelu": JumpReLU,
+    "gated": Gated,
+}

@@ -1,46 +1,64 @@
-"""A dictionary as it ships: a JumpReLU autoencoder on raw activations, scale and threshold folded in."""
+"""A dictionary as it ships: sparse latents on raw activations, scales and thresholds folded in; any kind."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from sae.spec import DictionarySpec
+from sae.shape import Shape
 
 
-class Dictionary(NamedTuple):
-    """f = z·[z > θ] with z = relu(x·w_enc + b_enc); x̂ = f·w_dec + b_dec. All float32, on raw (unscaled) rows."""
+@dataclass(frozen=True)
+class Dictionary:
+    """f = z·[z > θ] with z = relu(x·w_enc + b_enc); y = f·w_dec + b_dec (+ x·w_skip). Float32, on raw (unscaled) rows.
 
-    w_enc_DF: Tensor
+    `x` [B, d_in] and `y` [B, d_out] are the rows of the sites read and written, concatenated by layer. The weights are
+    lists by group of latents (`sae.shape`), the skips by layer.
+    """
+
+    shape: Shape
+    w_enc: list[Tensor]
+    """By group [columns read, F of the group]."""
     b_enc_F: Tensor
     threshold_F: Tensor
-    w_dec_FD: Tensor
+    w_dec: list[Tensor]
+    """By group [F of the group, columns written]."""
     b_dec_D: Tensor
+    w_skip: list[Tensor] = field(default_factory=list)
+    """By layer [D read, D written]; empty without an affine skip."""
+    k: int | None = None
+    """If given, only the k largest latents of a row are active: foreign TopK dictionaries, which have no threshold."""
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """Latent activations of raw rows. [B, F]"""
-        pre_BF = x_BD @ self.w_enc_DF + self.b_enc_F
-        return pre_BF.clamp_min(0) * (pre_BF > self.threshold_F)
+        parts = [x_BD[:, group.reads] @ w for group, w in zip(self.shape.groups, self.w_enc, strict=True)]
+        pre_BF = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)) + self.b_enc_F
+        latents_BF = pre_BF.clamp_min(0) * (pre_BF > self.threshold_F)
+        if self.k is None:
+            return latents_BF
+        kept = latents_BF.topk(self.k, dim=1)
+        return torch.zeros_like(latents_BF).scatter_(1, kept.indices, kept.values)
 
-    def decode(self, latents_BF: Tensor) -> Tensor:
-        """Raw rows rebuilt from latent activations. [B, D]"""
-        return latents_BF @ self.w_dec_FD + self.b_dec_D
+    def decode(self, latents_BF: Tensor, x_BD: Tensor | None = None) -> Tensor:
+        """Raw rows rebuilt from latent activations; an affine skip needs `x_BD`, the rows encoded. [B, d_out]"""
+        y_BD = self.b_dec_D.expand(len(latents_BF), -1).clone()
+        for group, w in zip(self.shape.groups, self.w_dec, strict=True):
+            y_BD[:, group.writes] += latents_BF[:, group.latents] @ w
+        if self.w_skip:
+            if x_BD is None:
+                raise ValueError("decode: x_BD is None, and this dictionary has an affine skip: pass the rows encoded")
+            for reads, writes, w in zip(self.shape.read_columns, self.shape.write_columns, self.w_skip, strict=True):
+                y_BD[:, writes] += x_BD[:, reads] @ w
+        return y_BD
 
+    def to(self, device: torch.device) -> "Dictionary":
+        """The same on another device."""
 
-def fold(parameters: dict[str, Tensor], threshold_F: Tensor, scale: float) -> Dictionary:
-    """The shipped form of a dictionary trained on x/scale with a pre-encoder bias x/scale − b_dec.
+        def move(part: list[Tensor]) -> list[Tensor]:
+            return [tensor.to(device) for tensor in part]
 
-    Gemma Scope 1, appendix B (*published*): W unchanged, b_enc' = C·(b_enc − W_enc·b_dec), b_dec' = C·b_dec, θ' = C·θ.
-    """
-    w_enc_DF = parameters["w_enc_FD"].T.contiguous()
-    return Dictionary(
-        w_enc_DF=w_enc_DF,
-        b_enc_F=scale * (parameters["b_enc_F"] - parameters["b_dec_D"] @ w_enc_DF),
-        threshold_F=scale * threshold_F,
-        w_dec_FD=parameters["w_dec_FD"].clone(),
-        b_dec_D=scale * parameters["b_dec_D"],
-    )
-
-
-def parameter_count(spec: DictionarySpec, d: int) -> int:
-    """Parameters of a dictionary on a site of width `d`: two matrices, two biases, one threshold a latent."""
-    return 2 * spec.width * d + 2 * spec.width + d
+        vectors = (tensor.to(device) for tensor in (self.b_enc_F, self.threshold_F, self.b_dec_D))
+        b_enc_F, threshold_F, b_dec_D = vectors
+        return Dictionary(
+            self.shape, move(self.w_enc), b_enc_F, threshold_F, move(self.w_dec), b_dec_D, move(self.w_skip), self.k
+        )

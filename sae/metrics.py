@@ -31,44 +31,46 @@ class HeldoutSums(NamedTuple):
     """What one dictionary did on some held-out rows; `plus` adds what it did on others."""
 
     rows: int
-    squared_error: float
-    """Σ ‖x̂ − x‖² over rows."""
     active: int
     """Active (row, latent) pairs."""
+    squared_error_D: Tensor
+    """Σ (ŷ − y)² over rows."""
     row_sum_D: Tensor
-    square_sum: float
-    """Σ ‖x‖² over rows."""
+    """Σ y over rows."""
+    square_sum_D: Tensor
+    """Σ y² over rows."""
     fired_F: Tensor
     """Rows on which each latent was active."""
 
     @staticmethod
-    def of(x_BD: Tensor, reconstruction_BD: Tensor, latents_BF: Tensor) -> "HeldoutSums":
+    def of(y_BD: Tensor, reconstruction_BD: Tensor, latents_BF: Tensor) -> "HeldoutSums":
         fired_F = (latents_BF > 0).sum(0)
-        x = x_BD.double()
+        y = y_BD.double()
         return HeldoutSums(
-            rows=len(x_BD),
-            squared_error=(reconstruction_BD - x_BD).double().square().sum().item(),
+            rows=len(y_BD),
             active=int(fired_F.sum()),
-            row_sum_D=x.sum(0),
-            square_sum=x.square().sum().item(),
+            squared_error_D=(reconstruction_BD - y_BD).double().square().sum(0),
+            row_sum_D=y.sum(0),
+            square_sum_D=y.square().sum(0),
             fired_F=fired_F,
         )
 
     def plus(self, other: "HeldoutSums") -> "HeldoutSums":
         return HeldoutSums(
             rows=self.rows + other.rows,
-            squared_error=self.squared_error + other.squared_error,
             active=self.active + other.active,
+            squared_error_D=self.squared_error_D + other.squared_error_D,
             row_sum_D=self.row_sum_D + other.row_sum_D,
-            square_sum=self.square_sum + other.square_sum,
+            square_sum_D=self.square_sum_D + other.square_sum_D,
             fired_F=self.fired_F + other.fired_F,
         )
 
-    @property
-    def fvu(self) -> float:
-        """Squared error over squared distance to the rows' mean (Gemma Scope 1, section 4)."""
-        variance = self.square_sum - self.row_sum_D.square().sum().item() / self.rows
-        return self.squared_error / variance
+    def fvu(self, n_sites: int) -> float:
+        """Squared error over squared distance to the rows' mean (Gemma Scope 1, section 4), averaged over the sites
+        written, all of one width: summed, the later layers' larger rows would hide the others."""
+        variance_D = self.square_sum_D - self.row_sum_D.square() / self.rows
+        error_S, variance_S = (part_D.view(n_sites, -1).sum(1) for part_D in (self.squared_error_D, variance_D))
+        return (error_S / variance_S).mean().item()
 
     @property
     def l0(self) -> float:
@@ -78,3 +80,8 @@ class HeldoutSums(NamedTuple):
     def dead_fraction(self) -> float:
         """Share of latents that were active on none of the rows."""
         return (self.fired_F == 0).double().mean().item()
+
+    @property
+    def max_frequency(self) -> float:
+        """The highest share of rows on which any latent was active."""
+        return self.fired_F.max().item() / self.rows

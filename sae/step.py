@@ -5,95 +5,210 @@ from torch import Tensor
 
 from sae import schedule
 from sae.activations import ACTIVATIONS
-from sae.dictionary import Dictionary, fold
+from sae.dead import Idle, badly_rebuilt_rows, resampling_due
+from sae.dictionary import Dictionary
+from sae.fold import Scales, Trained, fold
 from sae.metrics import FitSums
-from sae.pairs import Pairs, decode, per_latent_sums, value_gradients
+from sae.objective import Objective
+from sae.shape import Shape, size
 from sae.spec import DictionarySpec
+
+RESAMPLED_NORM = 0.2  # of the living encoder rows' mean norm; published: Bricken et al. 2023
 
 
 class TrainingDictionary:
-    """Fits x̂ = f·W_dec + b_dec, f = activation((x − b_dec)·W_encᵀ + b_enc), to rows x of unit mean square norm.
+    """Fits ŷ = f·W_dec + b_dec (+ (x − c)·W_skip), f = activation((x − c)·W_encᵀ + b_enc), to rows y.
 
-    Both matrices are stored a latent a row [F, D], so that every sparse product reads whole rows. W_dec starts
-    with random unit rows and W_enc at a multiple of it (1 is *published*: Gemma Scope 1, 3.2; 0.7 *measured here*);
-    b_dec starts at the mean of the first batch (*measured here*: most of Gemma 3's few huge dimensions is their mean).
+    `x` and `y` are rows of the sites read and written, each of unit mean square norm, concatenated by layer. c is b_dec
+    where a dictionary writes what it reads, else the mean of the first batch's x, or 0. Matrices are stored a latent
+    a row, so that every sparse product reads whole rows; those of W_dec have unit norm over all that they write
+    (*published* for one site; *assumed* for several).
     """
 
-    def __init__(self, spec: DictionarySpec, d: int, device: torch.device):
-        self.spec, self.device = spec, device
-        generator = torch.Generator().manual_seed(spec.seed)
-        directions_FD = torch.randn(spec.width, d, generator=generator)
-        directions_FD /= directions_FD.norm(dim=1, keepdim=True)
-        self.parameters = {
-            "w_enc_FD": (spec.training.encoder_init_scale * directions_FD).to(device),
-            "b_enc_F": torch.zeros(spec.width, device=device),
-            "w_dec_FD": directions_FD.to(device, copy=True),
-            "b_dec_D": torch.zeros(d, device=device),
-        }
-        self.activation = ACTIVATIONS[spec.activation](spec, device)
+    def __init__(
+        self,
+        spec: DictionarySpec,
+        site_widths: dict[str, int],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.spec, self.shape, self.device = spec, Shape.of(spec, site_widths), device
+        self.parameters = {name: value.to(device, dtype) for name, value in self._fresh().items()}
+        self.centre_D = torch.zeros(self.shape.d_in, device=device, dtype=dtype)
+        self.activation = ACTIVATIONS[spec.activation](spec, device, dtype)
+        self.idle = Idle(spec, device)
         self.learned = self.parameters | self.activation.learned
         self.optimiser = torch.optim.Adam(self.learned.values(), betas=spec.training.adam_betas, fused=True)
+        self.l0_start = torch.tensor(spec.l0 * spec.training.l0_start, dtype=torch.float64)
+        self.taken_over = torch.zeros((), dtype=torch.bool)  # started from published weights, not from the first batch
         self.steps_done = torch.zeros((), dtype=torch.int64)
+        self.progress_done = torch.zeros((), dtype=torch.float64)
         self.sums = FitSums(device)
         self.pre_buffer = torch.empty(0, device=device)  # reused: a fresh one a step costs page faults
 
     @torch.no_grad()
-    def step(self, x_BD: Tensor, progress: float) -> None:
-        """One Adam step on rows of unit mean square norm; `progress` in (0, 1] drives the schedules.
+    def step(self, x_BD: Tensor, y_BD: Tensor, progress: float) -> None:
+        """One Adam step; `progress` in (0, 1] drives the schedules.
 
-        The loss is the squared error summed over D and averaged over B, plus the activation's own penalty.
+        The loss is the squared error summed over D and averaged over B, plus what activation and options add.
         """
-        if self.steps_done == 0:
-            self.parameters["b_dec_D"].copy_(x_BD.mean(0))
-            self.activation.start(self._pre_activations(x_BD - self.parameters["b_dec_D"]))
-        centred_BD = x_BD - self.parameters["b_dec_D"]
-        pairs = self.activation.select(self._pre_activations(centred_BD))
-        error_BD = decode(pairs, len(x_BD), self.parameters["w_dec_FD"]) + self.parameters["b_dec_D"] - x_BD
-        self._set_gradients(centred_BD, error_BD, pairs, schedule.warmup(self.spec.training, progress))
+        error_BD = self.set_gradients(x_BD, y_BD, progress)
         for group in self.optimiser.param_groups:
-            group["lr"] = schedule.learning_rate(self.spec.training, progress)
+            group["lr"] = self._now(progress).learning_rate
         self.optimiser.step()
-        self.parameters["w_dec_FD"] /= self.parameters["w_dec_FD"].norm(dim=1, keepdim=True)
+        self._normalise()
+        if resampling_due(self.spec, self.progress_done.item(), progress):
+            self._resample(x_BD, y_BD, error_BD)
         self.steps_done += 1
-        self.sums.add(x_BD, error_BD, pairs.values_P)
+        self.progress_done.fill_(progress)
 
-    def folded(self, scale: float) -> Dictionary:
-        """The dictionary as it ships, on raw rows; `scale` is what rows were divided by in training."""
-        return fold(self.parameters, self.activation.threshold(self.spec.width), scale)
+    @torch.no_grad()
+    def set_gradients(self, x_BD: Tensor, y_BD: Tensor, progress: float) -> Tensor:
+        """Sets every learned tensor's `.grad`, as `step` does before Adam; the error ŷ − y. [B, d_out]"""
+        if self.steps_done == 0:
+            self._start(x_BD, y_BD, self._now(progress))
+        now = self._now(progress)
+        centred_BD = x_BD - self._centre()
+        pre_BF = self._pre_activations(centred_BD)
+        objective = Objective(self, centred_BD, y_BD, pre_BF, now)
+        for name, parameter in self.learned.items():
+            parameter.grad = objective.gradients[name]
+        self.idle.update(objective.pairs, len(x_BD))
+        self.sums.add(y_BD, objective.error_BD, objective.pairs.values_P)
+        return objective.error_BD
+
+    @torch.no_grad()
+    def take_over(self, start: Trained) -> None:
+        """Starts from given weights in place of random ones (`sae.start`): the same function, with unit decoder rows.
+
+        If the L0 target decays, it does so from the L0 that these weights have on the first batch.
+        """
+        for n, group in enumerate(self.shape.groups):
+            norm_F = start.w_dec[n].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+            self.parameters[f"w_dec.{n}"].copy_(start.w_dec[n] / norm_F[:, None])
+            self.parameters[f"w_enc.{n}"].copy_(start.w_enc[n] * norm_F[:, None])
+            start.b_enc_F[group.latents] *= norm_F
+            start.threshold_F[group.latents] *= norm_F
+        for n, skip in enumerate(start.w_skip):
+            self.parameters[f"w_skip.{n}"].copy_(skip)
+        self.parameters["b_dec"].copy_(start.b_dec_D)
+        self.centre_D.copy_(start.centre_D)
+        threshold_F = start.threshold_F.to(self.parameters["b_enc"])
+        self.parameters["b_enc"].copy_(start.b_enc_F)
+        self.parameters["b_enc"] += self.activation.take_over(threshold_F)
+        self.taken_over.fill_(True)
+
+    def weights(self, name: str) -> list[Tensor]:
+        """The parameters `name`.0, `name`.1, …: w_enc and w_dec by group, w_skip by layer."""
+        return [value for key, value in self.parameters.items() if key.startswith(f"{name}.")]
+
+    def folded(self, scales: dict[str, float]) -> Dictionary:
+        """The dictionary as it ships, on raw rows; `scales` are what each site key's rows were divided by."""
+        return fold(self.shape, self.trained(), self._scales(scales))
+
+    def trained(self) -> Trained:
+        """The weights, and the activation in its shipping form."""
+        b_enc_F, b_dec_D = self.parameters["b_enc"], self.parameters["b_dec"]
+        w_enc, w_dec, w_skip = (self.weights(name) for name in ("w_enc", "w_dec", "w_skip"))
+        gain_F, shift_F, threshold_F, k = self.activation.ships()
+        return Trained(w_enc, b_enc_F, gain_F, shift_F, threshold_F, w_dec, b_dec_D, self._centre(), w_skip, k)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name; `load` is the inverse."""
-        state = self.parameters | {f"activation.{name}": value for name, value in self.activation.state.items()}
+        state = dict(self._stateful())
         for name, parameter in self.learned.items():
             for moment, value in self.optimiser.state[parameter].items():
                 state[f"adam.{name}.{moment}"] = value
-        return state | {"steps_done": self.steps_done}
+        return state
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes over a `state()`, on this dictionary's device."""
-        for name, target in (self.parameters | {"steps_done": self.steps_done}).items():
+        for name, target in self._stateful().items():
             target.copy_(state[name])
-        for name, target in self.activation.state.items():
-            target.copy_(state[f"activation.{name}"])
         for name, parameter in self.learned.items():
             prefix = f"adam.{name}."
             moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             self.optimiser.state[parameter] = {key: value.to(self.device, copy=True) for key, value in moments.items()}
 
+    def _stateful(self) -> dict[str, Tensor]:
+        activation = {f"activation.{name}": value for name, value in self.activation.state.items()}
+        counters = {"steps_done": self.steps_done, "progress_done": self.progress_done, "idle_rows": self.idle.rows_F}
+        counters |= {"l0_start": self.l0_start, "taken_over": self.taken_over}
+        return self.parameters | {"centre": self.centre_D} | activation | counters
+
+    def _fresh(self) -> dict[str, Tensor]:
+        """Random unit decoder rows; encoder rows along them or along directions of their own."""
+        generator, training = torch.Generator().manual_seed(self.spec.seed), self.spec.training
+        tied = training.encoder_start == "tied" or (training.encoder_start is None and self.spec.autoencodes)
+        encoders, decoders = {}, {}
+        for n, group in enumerate(self.shape.groups):
+            decoder = _unit_rows(torch.randn(group.width, size(group.writes), generator=generator))
+            own = decoder[:, : size(group.reads)]
+            free = own if tied else torch.randn(group.width, size(group.reads), generator=generator)
+            encoders[f"w_enc.{n}"], decoders[f"w_dec.{n}"] = training.encoder_init_scale * _unit_rows(free), decoder
+        biases = {"b_enc": torch.zeros(self.shape.width), "b_dec": torch.zeros(self.shape.d_out)}
+        widths = zip(self.shape.read_widths, self.shape.write_widths, strict=True)
+        skips = {f"w_skip.{n}": torch.zeros(*pair) for n, pair in enumerate(widths)}
+        return encoders | decoders | biases | (skips if self.spec.options.affine else {})
+
+    def _start(self, x_BD: Tensor, y_BD: Tensor, now: schedule.Now) -> None:
+        if self.taken_over:
+            pre_BF = self._pre_activations(x_BD - self._centre())
+            self.l0_start.fill_((pre_BF > self.activation.threshold()).sum() / len(x_BD))
+            return
+        if self.spec.training.centre == "data":
+            self.parameters["b_dec"].copy_(y_BD.mean(0))
+            self.centre_D.copy_(x_BD.mean(0))
+        self.parameters["b_enc"] += self.activation.start(self._pre_activations(x_BD - self._centre()), now)
+
+    def _now(self, progress: float) -> schedule.Now:
+        return schedule.now(self.spec, progress, int(self.steps_done) + 1, self.l0_start.item())
+
+    def _centre(self) -> Tensor:
+        return self.parameters["b_dec"] if self.spec.autoencodes else self.centre_D
+
     def _pre_activations(self, centred_BD: Tensor) -> Tensor:
         if len(self.pre_buffer) != len(centred_BD):
-            self.pre_buffer = torch.empty(len(centred_BD), self.spec.width, device=self.device)
-        return torch.addmm(self.parameters["b_enc_F"], centred_BD, self.parameters["w_enc_FD"].T, out=self.pre_buffer)
+            self.pre_buffer = centred_BD.new_empty(len(centred_BD), self.shape.width)
+        for group, w_FD in zip(self.shape.groups, self.weights("w_enc"), strict=True):
+            bias_F, part = self.parameters["b_enc"][group.latents], self.pre_buffer[:, group.latents]
+            torch.addmm(bias_F, centred_BD[:, group.reads], w_FD.T, out=part)
+        return self.pre_buffer
 
-    def _set_gradients(self, centred_BD: Tensor, error_BD: Tensor, pairs: Pairs, warmup: float) -> None:
-        w_enc_FD, b_enc_F, w_dec_FD, b_dec_D = self.parameters.values()
-        grad_BD = error_BD * (2 / len(error_BD))
-        grad_values_P = value_gradients(pairs, grad_BD, w_dec_FD)
-        grad_pre_P = self.activation.backward(pairs, grad_values_P, len(error_BD), warmup)
-        w_dec_FD.grad, w_enc_FD.grad = per_latent_sums(
-            pairs, self.spec.width, (pairs.values_P, grad_BD), (grad_pre_P, centred_BD)
-        )
-        # The part of the gradient along a unit row would only be undone by the normalisation after the step.
-        w_dec_FD.grad -= (w_dec_FD.grad * w_dec_FD).sum(1, keepdim=True) * w_dec_FD
-        b_enc_F.grad = torch.zeros_like(b_enc_F).index_add_(0, pairs.latents_P, grad_pre_P)
-        b_dec_D.grad = grad_BD.sum(0) - b_enc_F.grad @ w_enc_FD
+    def _normalise(self) -> None:
+        for w_FD in self.weights("w_dec"):
+            w_FD /= w_FD.norm(dim=1, keepdim=True)
+
+    def _resample(self, x_BD: Tensor, y_BD: Tensor, error_BD: Tensor) -> None:
+        """Dead latents restart along badly rebuilt rows, with a small encoder, and with their moments forgotten."""
+        dead = self.idle.dead[: len(x_BD)]
+        if not len(dead):
+            return
+        rows = badly_rebuilt_rows(error_BD, len(dead), self.spec.seed, step=int(self.steps_done))
+        inputs_XD, targets_XD = (x_BD - self._centre())[rows], (y_BD - self.parameters["b_dec"])[rows]
+        is_dead_F = torch.zeros(self.shape.width, dtype=torch.bool, device=self.device).index_fill_(0, dead, True)
+        for n, group in enumerate(self.shape.groups):
+            here = (dead >= group.latents.start) & (dead < group.latents.stop)
+            mine, living_F = dead[here] - group.latents.start, ~is_dead_F[group.latents]
+            w_enc_FD, w_dec_FD = self.parameters[f"w_enc.{n}"], self.parameters[f"w_dec.{n}"]
+            norm = RESAMPLED_NORM * w_enc_FD[living_F].norm(dim=1).mean() if living_F.any() else RESAMPLED_NORM
+            w_enc_FD[mine] = norm * _unit_rows(inputs_XD[here][:, group.reads])
+            w_dec_FD[mine] = _unit_rows(targets_XD[here][:, group.writes])
+            self._forget_moments({f"w_enc.{n}": mine, f"w_dec.{n}": mine})
+        self.parameters["b_enc"][dead] = 0
+        self.activation.restart(dead)
+        self._forget_moments(dict.fromkeys(("b_enc", *self.activation.learned), dead))
+        self.idle.rows_F[dead] = 0
+
+    def _forget_moments(self, rows: dict[str, Tensor]) -> None:
+        for name, latents in rows.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.optimiser.state[self.learned[name]][moment][latents] = 0
+
+    def _scales(self, scales: dict[str, float]) -> Scales:
+        reads, writes = ([scales[site.key] for site in sites] for sites in (self.spec.reads, self.spec.writes))
+        return Scales(reads, writes)
+
+
+def _unit_rows(w_FD: Tensor) -> Tensor:
+    return w_FD / w_FD.norm(dim=1, keepdim=True)

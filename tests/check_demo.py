@@ -17,7 +17,7 @@ def figures(summary: dict) -> list[tuple[str, float, str, str, float]]:
     (row,) = [
         row
         for row in summary["dictionaries"]
-        if (row["layer"], row["activation"], row["l0_target"]) == (9, "batch_topk", 32)
+        if (row["layers"], row["activation"], row["l0_target"]) == ([9], "batch_topk", 32)
     ]
     seconds = sum(summary["seconds"].values())
     return [

@@ -5,53 +5,71 @@ For each window of sequences: run the model, keep the rows, shuffle them, cut ba
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cluster.recipe import Recipe
 from sae.dictionary import Dictionary
+from sae.sites import Site
 from sae.step import TrainingDictionary
 
 BOS = 2
 
 
 def fit(recipe: Recipe, tokens: np.ndarray) -> dict[str, Dictionary]:
-    """Trains all dictionaries of a resid_post-only recipe on token ids [sequences, T]."""
+    """Trains all dictionaries of a recipe for a text-only model on token ids [sequences, T]."""
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype=torch.bfloat16)
     specs, everything = recipe.specs(), torch.from_numpy(np.array(tokens)).long()
-    layers = sorted({spec.layer for spec in specs})
-    outputs: dict[int, torch.Tensor] = {}
-    for layer in layers:
-        model.model.layers[layer].register_forward_hook(
-            lambda _, inputs, out, layer=layer: outputs.update({layer: out})
-        )
+    sites = sorted({site for spec in specs for site in spec.sites})
+    outputs: dict[Site, Tensor] = {}
+    for site in sites:
+        keep_output(model, site, outputs)
 
     with torch.no_grad():
         sample = everything[: recipe.harvest.calibration_sequences]
         model.model(sample)
-        norms = {layer: outputs[layer].float().norm(dim=-1) for layer in layers}
-        limits = {layer: recipe.harvest.outlier_norm * norms[layer][sample != BOS].median() for layer in layers}
-        keep = (sample != BOS) & torch.stack([norms[layer] <= limits[layer] for layer in layers]).all(0)
-        scales = {layer: norms[layer][keep].square().mean().sqrt().item() for layer in layers}
+        norms = {site: outputs[site].float().norm(dim=-1) for site in sites}
+        limits = {site: recipe.harvest.outlier_norm * norms[site][sample != BOS].median() for site in sites}
+        keep = (sample != BOS) & torch.stack([norms[site] <= limits[site] for site in sites]).all(0)
+        scales = {site: norms[site][keep].square().mean().sqrt().item() for site in sites}
 
-        bank = [TrainingDictionary(spec, model.config.hidden_size, torch.device("cpu")) for spec in specs]
+        widths = {site.key: outputs[site].shape[-1] for site in sites}
+        bank = [TrainingDictionary(spec, widths, torch.device("cpu")) for spec in specs]
         size = recipe.stream.window_sequences
         for window, sequences in enumerate(everything.split(size)):
-            rows: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+            rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
             for block in sequences.split(recipe.harvest.sequences):
                 model.model(block)
                 keep = block != BOS
-                for layer in layers:
-                    keep &= outputs[layer].float().norm(dim=-1) <= limits[layer]
-                for layer in layers:
-                    rows[layer].append(outputs[layer][keep])
-            window_rows = {layer: torch.cat(parts) for layer, parts in rows.items()}
-            n = len(window_rows[layers[0]])
+                for site in sites:
+                    keep &= outputs[site].float().norm(dim=-1) <= limits[site]
+                for site in sites:
+                    rows[site].append(outputs[site][keep])
+            window_rows = {site: torch.cat(parts) for site, parts in rows.items()}
+            n = len(window_rows[sites[0]])
             order = torch.randperm(n, generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + window))
             batches = order.tensor_split(max(1, round(n / recipe.stream.batch_rows)))
             for number, chosen in enumerate(batches):
                 done = (window * size + len(sequences) * (number + 1) / len(batches)) / len(everything)
+                scaled = {site: window_rows[site][chosen].float() / scales[site] for site in sites}
                 for dictionary in bank:
-                    layer = dictionary.spec.layer
-                    dictionary.step(window_rows[layer][chosen].float() / scales[layer], done)
-    return {dictionary.spec.id: dictionary.folded(scales[dictionary.spec.layer]) for dictionary in bank}
+                    x_BD = torch.cat([scaled[site] for site in dictionary.spec.reads], dim=1)
+                    y_BD = torch.cat([scaled[site] for site in dictionary.spec.writes], dim=1)
+                    dictionary.step(x_BD, y_BD, done)
+    by_key = {site.key: scale for site, scale in scales.items()}
+    return {dictionary.spec.id: dictionary.folded(by_key) for dictionary in bank}
+
+
+def keep_output(model: torch.nn.Module, site: Site, outputs: dict[Site, Tensor]) -> None:
+    """Puts the tensor at a site into `outputs` in every forward pass."""
+    layer = model.model.layers[site.layer]
+    if site.name == "attn_out":
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: outputs.update({site: inputs[0]}))
+        return
+    module = {
+        "mlp_in": layer.pre_feedforward_layernorm,
+        "mlp_out": layer.post_feedforward_layernorm,
+        "resid_post": layer,
+    }[site.name]
+    module.register_forward_hook(lambda _, inputs, output: outputs.update({site: output}))

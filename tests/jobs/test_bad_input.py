@@ -23,17 +23,52 @@ def changed(recipe: dict, path: str, value: Any) -> dict:
     return copy
 
 
+# A grid of a kind whose layers make one dictionary.
+JOINT = {"kind": "clt", "layers": [0, 1, 3], "activations": ["topk"], "widths": [66], "l0s": [8]}
 # (field to change, value, what the message must name: the field and the remedy)
 CASES = {
     "unknown key": ("swep", [], ["swep", "did you mean sweep?"]),
     "unknown nested key": ("corpus.contxt", 32, ["corpus.contxt", "did you mean context?"]),
     "unknown key in a list": ("sweep.0.width", [64], ["sweep.0.width", "did you mean widths?"]),
-    "unlike any key": ("model.zzzzzz", 1, ["model.zzzzzz", "valid keys are name"]),
+    "unlike any key": ("model.zzzzzz", 1, ["model.zzzzzz", "valid are name"]),
     "wrong type": ("corpus.train_tokens", "many", ["corpus.train_tokens", "integer", "many"]),
+    "unknown option": ("sweep.0.options", {"matroshka": {}}, ["sweep.0.options.matroshka", "did you mean matryoshka"]),
+    "unknown key of an option": (
+        "sweep.0.options", {"auxk": {"latent": 3}}, ["sweep.0.options.auxk.latent", "did you mean latents?"],
+    ),
+    "unknown training key": ("training.learning_rat", 1, ["training.learning_rat", "did you mean learning_rate?"]),
+    "unknown key over a preset": (
+        "sweep.0.training", {"base": "gemma_scope_2", "jumprelu": {"bandwith": 1}},
+        ["sweep.0.training.jumprelu.bandwith", "did you mean bandwidth?"],
+    ),
+    "no such preset": ("training", "gemma_scope2", ["training", "did you mean gemma_scope_2?"]),
     "no such activation": ("sweep.0.activations", ["topk9"], ["sweep.0.activations.0", "batch_topk"]),
+    "no such kind": ("sweep.0.kind", "transcodr", ["sweep.0.kind", "transcoder"]),
+    "no such layers": ("sweep.0.layers", "al", ["sweep.0.layers", "all or subset", "'al'"]),
+    "a negative layer": ("sweep.0.layers", [-1], ["sweep.0.layers", "-1 is no whole number"]),
+    "a layer twice": ("sweep.0.layers", [2, 2], ["sweep.0.layers", "layer 2 is listed twice"]),
+    "all layers of an unknown model": ("sweep.0.layers", "all", ["sweep.0.layers", "all needs", "give numbers"]),
+    "a labelled l0 of an unknown model": ("sweep.0.l0s", ["big"], ["sweep.0.l0s", "big needs", "give numbers"]),
+    "no such width label": ("sweep.0.widths", ["16"], ["sweep.0.widths", "did you mean 16k?"]),
+    "a width of zero": ("sweep.0.widths", [0], ["sweep.0.widths", "0 is no whole number"]),
+    "no l0s": ("sweep.0.l0s", [], ["sweep.0.l0s", "give a list"]),
+    "no such l0 label": ("sweep.0.l0s", ["bigg"], ["sweep.0.l0s", "did you mean big?"]),
+    "a small crosscoder": (
+        "sweep.0", {**JOINT, "kind": "crosscoder", "l0s": ["small"]}, ["sweep.0.l0s", "medium or big"],
+    ),
+    "a clt of one layer": ("sweep.0", {**JOINT, "layers": [1]}, ["sweep.0.layers", "list two or more"]),
+    "a width that layers cannot share": ("sweep.0", {**JOINT, "widths": [65]}, ["sweep.0.widths", "66"]),
+    "sites of a clt": ("sweep.0", {**JOINT, "sites": ["mlp_in"]}, ["sweep.0.sites", "drop sites"]),
+    "a crosscoder of two sites": (
+        "sweep.0", {**JOINT, "kind": "crosscoder", "sites": ["mlp_out", "mlp_in"]},
+        ["sweep.0.sites", "a grid for each"],
+    ),
+    "an affine sae": ("sweep.0.affine", [True], ["sweep.0.affine", "sae has no skip"]),
+    "affine as an option": ("sweep.0", {**JOINT, "options": {"affine": True}}, ["sweep.0.options.affine", "affine: ["]),
+    "an acausal clt": ("sweep.0", {**JOINT, "options": {"causal": False}}, ["sweep.0.options.causal", "drop causal"]),
     "a layer the model lacks": ("sweep.0.layers", [40], ["sweep.layers", "layer 40", "0 to 3"]),
     "as many active latents as there are": ("sweep.0.l0s", [64], ["sweep.0", "raise widths"]),
-    "two cells of one name": ("sweep.0.widths", [4096, 4100], ["sweep", "both publish", "drop one"]),
+    "two cells of one name": ("sweep.0.widths", [4096, 4100], ["sweep", "both publish", "drop one", "a suite"]),
     "a missing model": ("model.name", "/nowhere/gemma", ["model.name", "/nowhere/gemma", "name a Gemma 3 folder"]),
     "an unknown package": ("model.name", "package:gemma-9", ["model.name", "package:gemma-3-270m"]),
     "a missing corpus": ("corpus.paths", ["/nowhere/*.jsonl"], ["corpus.paths", "/nowhere/*.jsonl", "matches no file"]),

@@ -38,7 +38,7 @@ def test_real_gemma__dictionaries_explain_it(run_job, tmp_path: Path) -> None:
         assert row["l0"] == pytest.approx(64, rel=0.25)
         dictionary, config = artifact.read(Path(row["path"]))
         assert config["model_name"] == "google/gemma-3-270m"
-        assert dictionary.w_enc_DF.shape == (640, 2048)
+        assert dictionary.w_enc[0].shape == (640, 2048)
         assert Path(row["path"]).parts[-3] == f"gemma-3-270m-{row['activation']}"
     calibration = json.loads((job.output / "calibration.json").read_text())
     assert 3_000 < calibration["resid_post.9"]["median_norm"] < 12_000  # reference: about 6,200

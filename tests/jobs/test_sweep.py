@@ -24,15 +24,26 @@ from sae.dictionary import Dictionary
 from tests import flat_loop
 from tests.conftest import free_port
 from tests.jobs.conftest import Job
+from tests.published import tensors
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def sweep(tiny_recipe: dict) -> dict:
-    """Six residual dictionaries, 120 steps."""
-    grid = {"layers": [0, 2, 3], "activations": ["batch_topk", "jumprelu"], "widths": [64], "l0s": [8]}
-    return tiny_recipe | {"sweep": [grid]}
+    """Seven dictionaries of all kinds and activations, with every option, in 120 steps."""
+    common = {"widths": [64], "l0s": [8]}
+    revived = {"dead_after_rows": 2000}
+    grids = [
+        {"layers": [0], "activations": ["relu", "topk", "gated"], "options": revived | {"auxk": {}}},
+        {"kind": "transcoder", "layers": [1], "activations": ["jumprelu"], "affine": [True],
+         "options": revived | {"preactivation": {}}},
+        {"kind": "crosscoder", "layers": [0, 3], "activations": ["batch_topk"],
+         "options": revived | {"resampling": {}}},
+        {"kind": "clt", "layers": [0, 1, 2, 3], "activations": ["batch_topk", "jumprelu"],
+         "options": {"matryoshka": {"sampled": True}}},
+    ]  # fmt: skip
+    return tiny_recipe | {"sweep": [common | grid for grid in grids]}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +64,9 @@ def assert_equals_flat_loop(sweep: dict, output: Path, known: dict[str, Dictiona
     found = published(output)
     assert found.keys() == known.keys()
     for id, expected in known.items():
-        for name, mine, theirs in zip(Dictionary._fields, expected, found[id], strict=True):
-            assert torch.equal(mine, theirs), f"{id} {name}: largest difference {(mine - theirs).abs().max()}"
+        assert found[id].shape == expected.shape
+        for n, (mine, theirs) in enumerate(zip(tensors(expected), tensors(found[id]), strict=True)):
+            assert torch.equal(mine, theirs), f"{id} tensor {n}: largest difference {(mine - theirs).abs().max()}"
 
 
 def train_workers(job: Job) -> list[psutil.Process]:
@@ -100,7 +112,7 @@ def assert_the_printed_command_opens_mlflow(job: Job) -> None:
         compared = urllib.parse.parse_qs(link.partition("?")[2])["runs"][0]
         client = MlflowClient(tracking_uri=url)
         assert {client.get_run(run).data.tags["mlflow.parentRunId"] for run in json.loads(compared)} == {parent}
-        assert len(json.loads(compared)) == 6
+        assert len(json.loads(compared)) == 7
     finally:
         os.killpg(server.pid, signal.SIGKILL)
 
@@ -108,15 +120,22 @@ def assert_the_printed_command_opens_mlflow(job: Job) -> None:
 def assert_everything_is_there(job: Job) -> None:
     """What the end of a sweep promises: table, summary, picture, artifacts, MLflow runs."""
     summary = json.loads((job.output / "summary.json").read_text())
-    promised = {"id", "site", "layer", "kind", "activation", "width", "l0", "fvu",
+    promised = {"id", "site", "layers", "kind", "activation", "width", "l0", "fvu", "max_frequency",
         "dead_fraction", "loss_recovered", "rows_per_second", "path"}  # fmt: skip
-    assert len(summary["dictionaries"]) == 6
+    params = {
+        "resid_post": {"params.safetensors"},
+        "transcoder": {"params.safetensors"},
+        "crosscoder": {f"params_layer_{n}.safetensors" for n in range(2)},
+        "clt": {f"params_layer_{n}.safetensors" for n in range(4)},
+    }
+    assert len(summary["dictionaries"]) == 7
+    assert {Path(row["path"]).parent.name for row in summary["dictionaries"]} == params.keys()
     for row in summary["dictionaries"]:
         assert promised <= row.keys()
         assert row["id"] in job.text
         names = {path.name for path in Path(row["path"]).iterdir()}
-        assert names == {"config.json", "params.safetensors", "metrics.json", "manifest.json", "recipe.yaml"}
-        assert Path(row["path"]).relative_to(job.output / "published").parts[1] == "resid_post"
+        directory = Path(row["path"]).parent.name
+        assert names == {"config.json", "metrics.json", "manifest.json", "recipe.yaml"} | params[directory]
         assert 0 < row["fvu"] < 1
         assert yaml.safe_load(Path(row["path"], "recipe.yaml").read_text())["training"]["learning_rate"] == 1e-3
     assert (job.output / "frontier.png").read_bytes().startswith(b"\x89PNG")
@@ -141,7 +160,8 @@ def assert_everything_is_there(job: Job) -> None:
         curve = client.get_metric_history(run.info.run_id, "train/fvu")
         assert len({point.step for point in curve}) >= 50
         assert curve[-1].value < curve[0].value
-        assert run.data.params["activation"] in ("batch_topk", "jumprelu")
+        assert run.data.params["activation"] in run.info.run_name
+        assert run.data.params["jumprelu.bandwidth"] == "0.01"
         assert {item.path for item in client.list_artifacts(run.info.run_id)} == {
             "config.json",
             "latent_frequencies.png",

@@ -1,0 +1,108 @@
+"""End-to-end finetuning: each staged dictionary learns on, with the real model in the loop (`sae.end_to_end`)."""
+
+import shutil
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor, nn
+
+from cluster import gemma
+from cluster.calibrate import SiteScale, kept
+from cluster.console import say
+from cluster.recipe import Recipe
+from sae import artifact
+from sae.end_to_end import Finetuned, loss
+from sae.fold import Scales
+from sae.sites import Site
+from sae.spec import DictionarySpec
+
+
+def finetune(recipe: Recipe, staged: dict[str, Path], scales: dict[str, SiteScale], tokens_path: Path) -> None:
+    """Puts the finetuned weights of every dictionary in the place of the staged ones, one Ray task each."""
+    task = _finetune.options(num_cpus=recipe.harvest.cpus, num_gpus=recipe.harvest.gpus)
+    waiting = {task.remote(recipe, spec, staged[spec.id], scales, tokens_path): spec for spec in recipe.specs()}
+    while waiting:
+        (done,), _ = ray.wait(list(waiting))
+        before, after = ray.get(done)
+        say(f"end to end: {waiting.pop(done).id}: KL {before:.4f} -> {after:.4f} nats a token")
+
+
+@ray.remote
+def _finetune(
+    recipe: Recipe, spec: DictionarySpec, folder: Path, scales: dict[str, SiteScale], tokens_path: Path
+) -> tuple[float, float]:
+    """Mean KL over the first and the last tenth of the steps."""
+    assert recipe.end_to_end is not None
+    torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
+    loop = Loop(recipe, spec, folder, scales)
+    tokens = np.load(tokens_path, mmap_mode="r", allow_pickle=False)
+    count = recipe.end_to_end.sequences
+    divergences = [
+        loop.step(torch.from_numpy(np.array(tokens[first : first + count])).long())
+        for first in range(0, recipe.end_to_end.tokens // recipe.corpus.context, count)
+    ]
+    config = artifact.read(folder)[1]
+    shutil.rmtree(folder)
+    artifact.write(folder, loop.dictionary.published(), config)
+    artifact.seal(folder)
+    tenth = max(1, len(divergences) // 10)
+    return float(np.mean(divergences[:tenth])), float(np.mean(divergences[-tenth:]))
+
+
+class Loop:
+    """One dictionary, the model, and Adam."""
+
+    def __init__(self, recipe: Recipe, spec: DictionarySpec, folder: Path, scales: dict[str, SiteScale]):
+        assert recipe.end_to_end is not None
+        self.settings, self.spec = recipe.end_to_end, spec
+        self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
+        self.model = gemma.load(recipe.model, self.device)
+        self.bos = gemma.text_config(recipe.model).bos_token_id
+        self.limits = {s.key: recipe.harvest.outlier_norm * scales[s.key].median_norm for s in spec.sites}
+        factors = Scales(*([scales[site.key].scale for site in sites] for sites in (spec.reads, spec.writes)))
+        published = artifact.read(folder)[0].to(self.device)
+        self.dictionary = Finetuned(published, factors, spec.autoencodes, spec.training.jumprelu)
+        self.optimiser = torch.optim.Adam(
+            self.dictionary.learned(), lr=self.settings.learning_rate, betas=spec.training.adam_betas, fused=True
+        )
+
+    def step(self, tokens: Tensor) -> float:
+        """One Adam step on token ids [sequences, T]; the mean KL(p ‖ p̂) in nats a token."""
+        tokens = tokens.to(self.device)
+        captured: dict[Site, Tensor] = {}
+
+        def keep(site: Site, tensor: Tensor) -> None:
+            captured[site] = tensor
+
+        with torch.no_grad(), gemma.hooked(self.model, {site: partial(keep, site) for site in self.spec.sites}):
+            clean_BTD = self._hidden(tokens)
+        norms = {site.key: tensor.float().norm(dim=-1) for site, tensor in captured.items()}
+        positions = kept(tokens, norms, self.limits, self.bos).flatten().nonzero()[:, 0]
+
+        def rows(sites: Iterable[Site]) -> Tensor:
+            return torch.cat([captured[site].flatten(0, 1)[positions].float() for site in sites], dim=1)
+
+        output = self.dictionary(rows(self.spec.reads), rows(self.spec.writes))
+        parts = output.rebuilt_BD.split(self.dictionary.shape.write_widths, dim=1)
+        edits: dict[Site, gemma.Edit] = {
+            site: partial(gemma.splice, positions, part) for site, part in zip(self.spec.writes, parts, strict=True)
+        }
+        with gemma.hooked(self.model, edits):
+            kl = self._divergence(clean_BTD, self._hidden(tokens))
+        self.optimiser.zero_grad()
+        loss(output, kl, self.settings.beta, self.spec.l0, self.spec.training.jumprelu).backward()
+        self.optimiser.step()
+        return kl.item()
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        return gemma.trunk(self.model)(tokens).last_hidden_state
+
+    def _divergence(self, clean_BTD: Tensor, spliced_BTD: Tensor) -> Tensor:
+        """Mean over tokens of KL(p ‖ p̂) of the next-token distributions."""
+        head = self.model.get_submodule("lm_head")
+        p, q = (nn.functional.log_softmax(head(hidden).float(), dim=-1) for hidden in (clean_BTD, spliced_BTD))
+        return nn.functional.kl_div(q.flatten(0, 1), p.flatten(0, 1).detach(), log_target=True, reduction="batchmean")
