@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 RECIPE ?= jobs/recipes/demo.yaml
 
-.PHONY: help sweep check-demo test test-quick lint format clean
+.PHONY: help sweep check-demo test test-quick bench-quality lint format clean
 .DEFAULT_GOAL := help
 
 help: ## these lines
@@ -21,6 +21,9 @@ test: $(VENV)/.dev ## all tests, the real Gemma 3 270M included (minutes)
 
 test-quick: $(VENV)/.dev ## the tests that need seconds
 	$(PY) -m pytest -m "not slow"
+
+bench-quality: $(VENV)/.dev ## FVU and dead latents beside SAELens and dictionary_learning on the same rows (hours; resumes)
+	$(PY) tests/bench/quality/run.py $(QUALITY)
 
 lint: $(VENV)/.dev ## style and types
 	$(PY) -m ruff check .

@@ -41,8 +41,9 @@ class JumpReLUSettings(Strict):
     frequency_coefficient: float = Field(0.0, ge=0)
     """μ of the secondary penalty μ·Σ max(0, p − p₀)²/p₀ on the batch frequency p of each latent, by the same estimator
     (Gemma Scope 2 has such a penalty; its form is *assumed*)."""
-    frequency_limit: float = Field(0.08, gt=0, lt=1)
-    """p₀: *published* is the result, no latent above 10 %."""
+    frequency_limit: float = Field(0.05, gt=0, lt=1)
+    """p₀ (*measured here*: the most frequent latent comes to lie somewhat above it, and below 10 %, which is what is
+    *published*)."""
 
 
 class L1Settings(Strict):
@@ -78,7 +79,7 @@ class Training(Strict):
     l0_decay_fraction: float = Field(0.0, ge=0, le=1)
     """… and reaches `l0` linearly over this share of the run."""
     l0_decay_steps: PositiveInt | None = None
-    l0_control: float = Field(0.02, ge=0)
+    l0_control: float = Field(0.05, ge=0)
     """Where a penalty has no target of its own (L1, linear, tanh), λ changes each step by at most this share so that
     L0 meets `l0` (*measured here*); 0 leaves λ as it is, as published sweeps over λ do."""
     encoder_start: Literal["tied", "independent"] | None = None
@@ -121,8 +122,8 @@ class Matryoshka(Strict):
 class AuxK(Strict):
     """Dead latents rebuild what the living leave over (Gao et al. 2024, appendix A.2), encoder gradients included."""
 
-    coefficient: float = Field(1 / 32, gt=0)
-    """α of α·‖e − ê‖²/‖e‖² (*published*)."""
+    coefficient: float = Field(0.1, gt=0)
+    """α of α·‖e − ê‖²/‖e‖² (*measured here*; *published*: 1/32)."""
     latents: PositiveInt | None = None
     """Dead latents a row; by default half the width of what is written (*published*)."""
 
@@ -160,7 +161,7 @@ class Options(Strict):
     auxk: AuxK | None = None
     preactivation: Preactivation | None = None
     resampling: Resampling | None = None
-    dead_after_rows: PositiveInt = 20_000
+    dead_after_rows: PositiveInt = 10_000
     """A latent that fired on none of so many rows in a row is dead (*measured here*; *published*: 10M, Gao et al.)."""
 
 

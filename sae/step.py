@@ -57,6 +57,8 @@ class TrainingDictionary:
             group["lr"] = self._now(progress).learning_rate
         self.optimiser.step()
         self._normalise()
+        if self.spec.options.auxk is not None:
+            self.activation.relax(self.idle.dead)
         if resampling_due(self.spec, self.progress_done.item(), progress):
             self._resample(x_BD, y_BD, error_BD)
         self.steps_done += 1
