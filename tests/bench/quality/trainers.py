@@ -70,7 +70,7 @@ TRAINERS = {
         name="scopeworks",
         version=source_digest(),
         runner="ours.py",
-        learning_rates={BATCH_TOPK: (1e-3, 2e-3, 4e-3), JUMPRELU: (1e-3, 2e-3, 4e-3)},
+        learning_rates={BATCH_TOPK: (1e-3, 2e-3, 3e-3), JUMPRELU: (1e-3, 2e-3, 3e-3)},
         options={activation: {"training": SCHEDULE, "options": {"auxk": {}}} for activation in ACTIVATIONS},
     ),
 }
