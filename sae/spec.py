@@ -122,8 +122,8 @@ class Matryoshka(Strict):
 class AuxK(Strict):
     """Dead latents rebuild what the living leave over (Gao et al. 2024, appendix A.2), encoder gradients included."""
 
-    coefficient: float = Field(0.1, gt=0)
-    """α of α·‖e − ê‖²/‖e‖² (*measured here*; *published*: 1/32)."""
+    coefficient: float = Field(1 / 32, gt=0)
+    """α of α·‖e − ê‖²/‖e‖² (*published*)."""
     latents: PositiveInt | None = None
     """Dead latents a row; by default half the width of what is written (*published*)."""
 

@@ -71,7 +71,9 @@ TRAINERS = {
         version=source_digest(),
         runner="ours.py",
         learning_rates={BATCH_TOPK: (1e-3, 2e-3, 3e-3), JUMPRELU: (1e-3, 2e-3, 3e-3)},
-        options={activation: {"training": SCHEDULE, "options": {"auxk": {}}} for activation in ACTIVATIONS},
+        options={
+            activation: {"training": SCHEDULE, "options": {"auxk": {"coefficient": 0.1}}} for activation in ACTIVATIONS
+        },
     ),
 }
 PEERS = ("dictionary_learning", "saelens")
