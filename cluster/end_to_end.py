@@ -13,18 +13,22 @@ from torch import Tensor, nn
 from cluster import gemma
 from cluster.calibrate import SiteScale, kept
 from cluster.console import say
-from cluster.recipe import Recipe
+from cluster.recipe import EndToEnd, Recipe
 from sae import artifact
-from sae.end_to_end import Finetuned, loss
+from sae.end_to_end import Finetuned, Output, loss
 from sae.fold import Scales
 from sae.sites import Site
 from sae.spec import DictionarySpec
 
 
-def finetune(recipe: Recipe, staged: dict[str, Path], scales: dict[str, SiteScale], tokens_path: Path) -> None:
+def finetune(
+    recipe: Recipe, settings: EndToEnd, staged: dict[str, Path], scales: dict[str, SiteScale], tokens_path: Path
+) -> None:
     """Puts the finetuned weights of every dictionary in the place of the staged ones, one Ray task each."""
     task = _finetune.options(num_cpus=recipe.harvest.cpus, num_gpus=recipe.harvest.gpus)
-    waiting = {task.remote(recipe, spec, staged[spec.id], scales, tokens_path): spec for spec in recipe.specs()}
+    waiting = {
+        task.remote(recipe, settings, spec, staged[spec.id], scales, tokens_path): spec for spec in recipe.specs()
+    }
     while waiting:
         (done,), _ = ray.wait(list(waiting))
         before, after = ray.get(done)
@@ -33,17 +37,20 @@ def finetune(recipe: Recipe, staged: dict[str, Path], scales: dict[str, SiteScal
 
 @ray.remote
 def _finetune(
-    recipe: Recipe, spec: DictionarySpec, folder: Path, scales: dict[str, SiteScale], tokens_path: Path
+    recipe: Recipe,
+    settings: EndToEnd,
+    spec: DictionarySpec,
+    folder: Path,
+    scales: dict[str, SiteScale],
+    tokens_path: Path,
 ) -> tuple[float, float]:
     """Mean KL over the first and the last tenth of the steps."""
-    assert recipe.end_to_end is not None
     torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
-    loop = Loop(recipe, spec, folder, scales)
+    loop = Loop(recipe, settings, spec, folder, scales)
     tokens = np.load(tokens_path, mmap_mode="r", allow_pickle=False)
-    count = recipe.end_to_end.sequences
     divergences = [
-        loop.step(torch.from_numpy(np.array(tokens[first : first + count])).long())
-        for first in range(0, recipe.end_to_end.tokens // recipe.corpus.context, count)
+        loop.step(torch.from_numpy(np.array(tokens[first : first + settings.sequences])).long())
+        for first in range(0, settings.tokens // recipe.corpus.context, settings.sequences)
     ]
     config = artifact.read(folder)[1]
     shutil.rmtree(folder)
@@ -56,9 +63,10 @@ def _finetune(
 class Loop:
     """One dictionary, the model, and Adam."""
 
-    def __init__(self, recipe: Recipe, spec: DictionarySpec, folder: Path, scales: dict[str, SiteScale]):
-        assert recipe.end_to_end is not None
-        self.settings, self.spec = recipe.end_to_end, spec
+    def __init__(
+        self, recipe: Recipe, settings: EndToEnd, spec: DictionarySpec, folder: Path, scales: dict[str, SiteScale]
+    ):
+        self.settings, self.spec = settings, spec
         self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
         self.model = gemma.load(recipe.model, self.device)
         self.bos = gemma.text_config(recipe.model).bos_token_id
@@ -72,7 +80,14 @@ class Loop:
 
     def step(self, tokens: Tensor) -> float:
         """One Adam step on token ids [sequences, T]; the mean KL(p ‖ p̂) in nats a token."""
-        tokens = tokens.to(self.device)
+        output, kl = self.forward(tokens.to(self.device))
+        self.optimiser.zero_grad()
+        loss(output, kl, self.settings.beta, self.spec.l0, self.spec.training.jumprelu).backward()
+        self.optimiser.step()
+        return kl.item()
+
+    def forward(self, tokens: Tensor) -> tuple[Output, Tensor]:
+        """What the dictionary makes of the kept rows of token ids [sequences, T], and the mean KL(p ‖ p̂) with it."""
         captured: dict[Site, Tensor] = {}
 
         def keep(site: Site, tensor: Tensor) -> None:
@@ -92,11 +107,7 @@ class Loop:
             site: partial(gemma.splice, positions, part) for site, part in zip(self.spec.writes, parts, strict=True)
         }
         with gemma.hooked(self.model, edits):
-            kl = self._divergence(clean_BTD, self._hidden(tokens))
-        self.optimiser.zero_grad()
-        loss(output, kl, self.settings.beta, self.spec.l0, self.spec.training.jumprelu).backward()
-        self.optimiser.step()
-        return kl.item()
+            return output, self._divergence(clean_BTD, self._hidden(tokens))
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         return gemma.trunk(self.model)(tokens).last_hidden_state

@@ -49,8 +49,9 @@ def publish(recipe: Recipe, staged: Path, published: Path, results: dict[str, Ev
 
 def _write_for_saelens(recipe: Recipe, root: Path) -> None:
     """SAEs and transcoders in SAELens' own folders, in a suite beside that which holds them."""
+    places = folders(recipe, root)
     for cell in recipe.cells():
         if cell.spec.kind in ("sae", "transcoder"):
-            folder = folders(recipe, root)[cell.spec.id]
+            folder = places[cell.spec.id]
             suite = folder.parents[len(Path(cell.spec.folder).parts) - 1]
             saelens.write(suite.with_name(f"{suite.name}-saelens") / cell.spec.folder, *artifact.read(folder))

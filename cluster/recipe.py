@@ -206,6 +206,12 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
             f"{recipe.stream.window_sequences} is no multiple of harvest.sequences "
             f"({recipe.harvest.sequences}): a window holds whole forward passes",
         )
+    if (tuned := recipe.end_to_end) and not recipe.corpus.context <= tuned.tokens <= recipe.corpus.train_tokens:
+        raise UserError(
+            "end_to_end.tokens",
+            f"{tuned.tokens} tokens are not between one sequence ({recipe.corpus.context}) and corpus.train_tokens "
+            f"({recipe.corpus.train_tokens}): it learns from the start of the training text",
+        )
     for spec in recipe.specs():
         if recipe.end_to_end and spec.activation == "topk":
             raise UserError("end_to_end", f"{spec.id} is a TopK, which has no thresholds: drop topk or end_to_end")

@@ -174,9 +174,9 @@ class Sweep:
             trained = self._fit(scales, runs)
         shutil.rmtree(self.folder.staging, ignore_errors=True)
         staged = publish.stage(self.recipe, self.layout, scales, trained, self.folder.staging)
-        if self.recipe.end_to_end:
+        if settings := self.recipe.end_to_end:
             with self._stage("end to end"):
-                end_to_end.finetune(self.recipe, staged, scales, self.folder.tokens / "train.npy")
+                end_to_end.finetune(self.recipe, settings, staged, scales, self.folder.tokens / "train.npy")
         with self._stage("evaluate"):
             results = evaluate.evaluate(self.recipe, staged, scales, self.folder.tokens / "heldout.npy")
         with self._stage("publish"):

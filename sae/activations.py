@@ -165,6 +165,10 @@ class ReLU(Activation):
     def backward(self, pairs: Pairs, grad_values_P: Tensor, n_rows: int, now: Now) -> Tensor:
         return grad_values_P + self._penalty_slope(pairs.pre_P, now) / n_rows
 
+    def take_over(self, threshold_F: Tensor) -> Tensor:
+        """The same latents are active; their values shrink by the thresholds."""
+        return -threshold_F
+
     def _penalty_slope(self, z_P: Tensor, now: Now) -> Tensor:
         """∂(λ·Σ f^p)/∂f, λ rescaled so that the penalty is as large as with p = 1. [P]"""
         strength, p = self.state["coefficient"] * now.sparsity, now.exponent

@@ -2,8 +2,8 @@
 
 *Published* (Gemma Scope 2, technical paper 2.4): L = (MSE + αβ·KL(p ‖ p̂))/(1 + β), α = MSE/(KL + 1e-8) held constant,
 where p̂ is the model's next-token distribution with reconstructions in place. Which dictionaries, β and steps are not
-public. That the quadratic L0 penalty goes on, at the L0 that the dictionary has at the start, is *assumed*: without it
-finetuning buys fidelity with more active latents.
+public. That the quadratic L0 penalty goes on is *assumed*: without it finetuning buys fidelity with more active
+latents. Decoder rows are no longer held to unit norm.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae.dictionary import Dictionary
 from sae.estimators import Gate, Jump
-from sae.fold import Scales, fold, unfold
+from sae.fold import Scales, by_column, fold, unfold
 from sae.spec import JumpReLUSettings
 
 
@@ -32,25 +32,21 @@ class Finetuned:
     """A JumpReLU dictionary whose weights, on scaled rows, take gradients from autograd."""
 
     def __init__(self, dictionary: Dictionary, scales: Scales, autoencodes: bool, settings: JumpReLUSettings):
-        self.shape, self.scales, self.settings, self.autoencodes = dictionary.shape, scales, settings, autoencodes
+        self.shape, self.scales, self.settings = dictionary.shape, scales, settings
         self.weights = unfold(dictionary, scales, centred=autoencodes)
         if autoencodes:
             self.weights = self.weights._replace(centre_D=self.weights.b_dec_D)
         for tensor in self.learned():
             tensor.requires_grad_()
-        widths = (self.shape.read_widths, self.shape.write_widths)
-        device = dictionary.b_dec_D.device
-        self.read_D, self.write_D = (
-            torch.cat([torch.full((width,), scale, device=device) for width, scale in zip(part, sizes, strict=True)])
-            for part, sizes in zip(widths, scales, strict=True)
-        )
+        self.read_D, self.write_D = by_column(self.shape, scales, dictionary.b_dec_D)
 
     def learned(self) -> list[Tensor]:
+        """What an optimiser is to move."""
         w = self.weights
         return [*w.w_enc, *w.w_dec, *w.w_skip, w.b_enc_F, w.threshold_F, w.b_dec_D]
 
     def __call__(self, x_BD: Tensor, y_BD: Tensor) -> Output:
-        """Raw rows read and written."""
+        """Rebuilds raw rows x [B, d_in] and compares with raw rows y [B, d_out]."""
         w, shape = self.weights, self.shape
         centred_BD = x_BD / self.read_D - w.centre_D
         pairs = zip(shape.groups, w.w_enc, strict=True)

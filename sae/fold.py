@@ -43,7 +43,7 @@ class Scales(NamedTuple):
 
 def fold(shape: Shape, trained: Trained, scales: Scales) -> Dictionary:
     """The published form. Exact but for float32 rounding."""
-    read_D, write_D = _by_column(shape, scales, trained.b_dec_D)
+    read_D, write_D = by_column(shape, scales, trained.b_dec_D)
     s = write_D[0]
     w_enc, w_dec, b_enc_F = [], [], trained.b_enc_F.clone()
     for group, encoder_FD, decoder_FD in zip(shape.groups, trained.w_enc, trained.w_dec, strict=True):
@@ -67,9 +67,9 @@ def unfold(dictionary: Dictionary, scales: Scales, centred: bool) -> Trained:
     `centred` puts the decoder bias back as the pre-encoder bias, as dictionaries that write what they read have it.
     """
     shape = dictionary.shape
-    read_D, write_D = _by_column(shape, scales, dictionary.b_dec_D)
+    read_D, write_D = by_column(shape, scales, dictionary.b_dec_D)
     b_dec_D = dictionary.b_dec_D / write_D
-    centre_D = b_dec_D.clone() if centred else torch.zeros(shape.d_in)
+    centre_D = b_dec_D.clone() if centred else b_dec_D.new_zeros(shape.d_in)
     s = write_D[0]
     w_enc, w_dec, b_enc_F = [], [], dictionary.b_enc_F / s
     for group, encoder_DF, decoder_FD in zip(shape.groups, dictionary.w_enc, dictionary.w_dec, strict=True):
@@ -86,8 +86,8 @@ def unfold(dictionary: Dictionary, scales: Scales, centred: bool) -> Trained:
     )
 
 
-def _by_column(shape: Shape, scales: Scales, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Each column's scale, of the input and of the output."""
+def by_column(shape: Shape, scales: Scales, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Each column's scale, of the input [d_in] and of the output [d_out], with the dtype and device of `like`."""
     pairs = ((scales.reads, shape.read_widths), (scales.writes, shape.write_widths))
     read_D, write_D = (
         torch.tensor(values, dtype=like.dtype, device=like.device).repeat_interleave(

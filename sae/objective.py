@@ -113,9 +113,14 @@ class Objective:
         self.gradients["b_enc"].index_add_(0, pairs.latents_P, grad_pre_P)
 
     def _actives(self, pairs: Pairs, ends: list[list[int]]) -> list[Active]:
+        chosen: list[Tensor | slice] = [slice(None)]
+        if len(self.groups) > 1:
+            lasts = torch.tensor([group.latents.stop for group in self.groups[:-1]], device=pairs.latents_P.device)
+            group_P = torch.bucketize(pairs.latents_P, lasts, right=True)
+            chosen = [(group_P == n).nonzero()[:, 0] for n in range(len(self.groups))]
         return [
-            Active(pairs, group, len(self.y_BD), group_ends)
-            for group, group_ends in zip(self.groups, ends, strict=True)
+            Active(pairs, mine, group, len(self.y_BD), group_ends)
+            for mine, group, group_ends in zip(chosen, self.groups, ends, strict=True)
         ]
 
     def _decode(self, actives: list[Active], values_P: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Where prefixes of the latents are rebuilt one by one, a row's pairs are cut into
 a batch is decoded once, into [B, segments, D], and the prefixes are its cumulative sums.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -39,13 +40,11 @@ class Pairs(NamedTuple):
 
 
 class Active:
-    """The pairs of one group of latents, with the products that training needs. `ends` are the segments' last + 1."""
+    """The pairs of one group of latents, with the products that training needs."""
 
-    def __init__(self, pairs: Pairs, group: Group, n_rows: int, ends: list[int]):
-        self.n_rows, self.width, self.ends = n_rows, group.width, ends
-        here = (pairs.latents_P >= group.latents.start) & (pairs.latents_P < group.latents.stop)
-        self.chosen: Tensor | slice = slice(None) if here.all() else here.nonzero()[:, 0]
-        """Which of all pairs these are."""
+    def __init__(self, pairs: Pairs, chosen: Tensor | slice, group: Group, n_rows: int, ends: list[int]):
+        """`chosen` are those of all pairs whose latents are of the group; `ends` the segments' last + 1."""
+        self.n_rows, self.width, self.ends, self.chosen = n_rows, group.width, ends, chosen
         self.rows_P = pairs.rows_P[self.chosen]
         self.latents_P = pairs.latents_P[self.chosen] - group.latents.start
         inner = torch.tensor(ends[:-1], device=self.rows_P.device)
@@ -83,8 +82,14 @@ class Active:
         return self._spread(grad_pre_P).T @ x_BD if self.dense else self._per_latent(grad_pre_P, self.rows_P, x_BD)
 
     def _per_latent(self, weights_P: Tensor, indices_P: Tensor, table: Tensor) -> Tensor:
-        order_P = self.latents_P.argsort(stable=True)
-        return _grouped_sum(self.latents_P[order_P], self.width, indices_P[order_P], weights_P[order_P], table)
+        order_P, latents_P = self._by_latent
+        return _grouped_sum(latents_P, self.width, indices_P[order_P], weights_P[order_P], table)
+
+    @cached_property
+    def _by_latent(self) -> tuple[Tensor, Tensor]:
+        """The order that sorts the pairs by latent, and the latents in it: both weight gradients need them."""
+        latents_P, order_P = self.latents_P.sort(stable=True)
+        return order_P, latents_P
 
     def _segments(self) -> list[slice]:
         return [slice(start, end) for start, end in zip([0, *self.ends[:-1]], self.ends, strict=True)]

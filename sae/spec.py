@@ -37,7 +37,7 @@ class JumpReLUSettings(Strict):
     coefficient: float = Field(0.02, gt=0)
     """λ."""
     tanh_scale: float = Field(4.0, gt=0)
-    """c of the tanh penalty, for a batch whose mean active latent is 1 (*published*: Anthropic, January 2025)."""
+    """c of the tanh penalty (*published*: Anthropic, January 2025, for rows of mean norm √D; ours have unit norm)."""
     frequency_coefficient: float = Field(0.0, ge=0)
     """μ of the secondary penalty μ·Σ max(0, p − p₀)²/p₀ on the batch frequency p of each latent, by the same estimator
     (Gemma Scope 2 has such a penalty; its form is *assumed*)."""
@@ -80,8 +80,8 @@ class Training(Strict):
     """… and reaches `l0` linearly over this share of the run."""
     l0_decay_steps: PositiveInt | None = None
     l0_control: float = Field(0.05, ge=0)
-    """Where a penalty has no target of its own (L1, linear, tanh), λ changes each step by at most this share so that
-    L0 meets `l0` (*measured here*); 0 leaves λ as it is, as published sweeps over λ do."""
+    """Where a penalty has no target of its own (L1, linear, tanh), λ moves so that L0 meets `l0`: each step by this
+    share for an L0 of e times the target (*measured here*); 0 leaves λ as it is, as published sweeps over λ do."""
     encoder_start: Literal["tied", "independent"] | None = None
     """W_enc starts along W_dec, or at directions of its own. By default tied where a dictionary writes the sites that
     it reads, independent for transcoders and CLTs (*published*: Gemma Scope 1, 3.2)."""

@@ -85,19 +85,17 @@ class TrainingDictionary:
 
         If the L0 target decays, it does so from the L0 that these weights have on the first batch.
         """
-        for n, group in enumerate(self.shape.groups):
-            norm_F = start.w_dec[n].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        norms = [w_FD.norm(dim=1).clamp_min(torch.finfo(w_FD.dtype).tiny) for w_FD in start.w_dec]
+        for n, norm_F in enumerate(norms):
             self.parameters[f"w_dec.{n}"].copy_(start.w_dec[n] / norm_F[:, None])
             self.parameters[f"w_enc.{n}"].copy_(start.w_enc[n] * norm_F[:, None])
-            start.b_enc_F[group.latents] *= norm_F
-            start.threshold_F[group.latents] *= norm_F
         for n, skip in enumerate(start.w_skip):
             self.parameters[f"w_skip.{n}"].copy_(skip)
         self.parameters["b_dec"].copy_(start.b_dec_D)
         self.centre_D.copy_(start.centre_D)
-        threshold_F = start.threshold_F.to(self.parameters["b_enc"])
-        self.parameters["b_enc"].copy_(start.b_enc_F)
-        self.parameters["b_enc"] += self.activation.take_over(threshold_F)
+        norm_F = torch.cat(norms)
+        self.parameters["b_enc"].copy_(start.b_enc_F * norm_F)
+        self.parameters["b_enc"] += self.activation.take_over((start.threshold_F * norm_F).to(self.parameters["b_enc"]))
         self.taken_over.fill_(True)
 
     def weights(self, name: str) -> list[Tensor]:
@@ -156,7 +154,7 @@ class TrainingDictionary:
     def _start(self, x_BD: Tensor, y_BD: Tensor, now: schedule.Now) -> None:
         if self.taken_over:
             pre_BF = self._pre_activations(x_BD - self._centre())
-            self.l0_start.fill_((pre_BF > self.activation.threshold()).sum() / len(x_BD))
+            self.l0_start.fill_((pre_BF > self.activation.threshold()).sum().item() / len(x_BD))
             return
         if self.spec.training.centre == "data":
             self.parameters["b_dec"].copy_(y_BD.mean(0))

@@ -23,7 +23,8 @@ def loop(request, tiny_recipe: dict, tmp_path: Path) -> Loop:
     """A dictionary that has seen a few batches, published, and its loop."""
     torch.set_num_threads(1)
     grid = SWEEPS[request.param] | {"activations": ["jumprelu"], "widths": [96], "l0s": [12]}
-    recipe = recipes.parse(tiny_recipe | {"sweep": [grid], "end_to_end": {"tokens": 4096, "learning_rate": 3e-3}})
+    more = {"sweep": [grid], "end_to_end": {"tokens": 4096, "learning_rate": 3e-3}}
+    recipe = recipes.parse(tiny_recipe | more | {"model": tiny_recipe["model"] | {"dtype": "float32"}})
     (spec,) = recipe.specs()
     model = load(recipe.model, torch.device("cpu"))
     tokens = torch.randint(4, 200, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -41,7 +42,7 @@ def loop(request, tiny_recipe: dict, tmp_path: Path) -> Loop:
         artifact.config(spec, "tiny", 4),
     )
     artifact.seal(tmp_path / "x")
-    loop = Loop(recipe, spec, tmp_path / "x", scales)
+    loop = Loop(recipe, recipe.end_to_end, spec, tmp_path / "x", scales)
     loop.tokens = tokens
     return loop
 
@@ -50,6 +51,22 @@ def test_loop__the_models_output_comes_nearer_to_its_own(loop: Loop) -> None:
     divergences = [loop.step(loop.tokens) for _ in range(60)]
     assert divergences[0] > 0
     assert sum(divergences[-5:]) < 0.8 * sum(divergences[:5])
+
+
+def test_loop__the_divergence_has_its_gradient_through_the_model(loop: Loop) -> None:
+    """Along a random direction of the first decoder's weights, which moves no latent over its threshold."""
+    weights = loop.dictionary.weights.w_dec[0]
+    direction = torch.randn(weights.shape, generator=torch.Generator().manual_seed(3))
+    (gradient,) = torch.autograd.grad(loop.forward(loop.tokens)[1], weights)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weights += sign * 1e-3 * direction
+            values.append(loop.forward(loop.tokens)[1].item())
+            weights -= sign * 1e-3 * direction
+    numeric = (values[0] - values[1]) / 2e-3
+    assert numeric == pytest.approx((gradient * direction).sum().item(), rel=0.05)
+    assert abs(numeric) > 1e-4
 
 
 def test_loop__a_perfect_dictionary_would_diverge_by_nothing(loop: Loop) -> None:

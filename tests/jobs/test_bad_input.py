@@ -68,6 +68,16 @@ CASES = {
     "an acausal clt": ("sweep.0", {**JOINT, "options": {"causal": False}}, ["sweep.0.options.causal", "drop causal"]),
     "a layer the model lacks": ("sweep.0.layers", [40], ["sweep.layers", "layer 40", "0 to 3"]),
     "as many active latents as there are": ("sweep.0.l0s", [64], ["sweep.0", "raise widths"]),
+    "a start that is not there": (
+        "sweep.0.start_from", "/nowhere/layer_{layer}", ["sweep.start_from", "/nowhere/layer_0", "is no folder"],
+    ),
+    "braces that mean nothing": ("sweep.0.start_from", "x/{width}", ["sweep.0.start_from", "{layer} and {folder}"]),
+    "layers of an acausal crosscoder": (
+        "sweep.0", {**JOINT, "kind": "crosscoder", "options": {"causal": False}, "start_from": "x/{layer}"},
+        ["sweep.0.start_from", "drop {layer}"],
+    ),
+    "finetuning longer than the text": ("end_to_end", {"tokens": 10**6}, ["end_to_end.tokens", "corpus.train_tokens"]),
+    "finetuning shorter than a sequence": ("end_to_end", {"tokens": 5}, ["end_to_end.tokens", "one sequence (32)"]),
     "two cells of one name": ("sweep.0.widths", [4096, 4100], ["sweep", "both publish", "drop one", "a suite"]),
     "a missing model": ("model.name", "/nowhere/gemma", ["model.name", "/nowhere/gemma", "name a Gemma 3 folder"]),
     "an unknown package": ("model.name", "package:gemma-9", ["model.name", "package:gemma-3-270m"]),
@@ -134,6 +144,15 @@ def test_bad_corpus_file(
     recipe = changed(tiny_recipe, "corpus.paths", [str(tmp_path / name)])
     code, error = run(monkeypatch, capsys, recipe, tmp_path)
     check(code, error, ["corpus.", part])
+
+
+@pytest.mark.parametrize(
+    ("asked", "part"),
+    [({"end_to_end": {"tokens": 2048}}, "end_to_end: "), ({"publication": {"saelens": True}}, "publication.saelens: ")],
+)
+def test_what_a_topk_transcoder_cannot_have(asked, part, tiny_recipe: dict, tmp_path, monkeypatch, capsys) -> None:
+    grid = {"kind": "transcoder", "layers": [0], "activations": ["topk"], "widths": [64], "l0s": [8]}
+    check(*run(monkeypatch, capsys, tiny_recipe | {"sweep": [grid]} | asked, tmp_path), [part, "topk"])
 
 
 def test_a_model_that_is_no_gemma(tiny_recipe: dict, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -44,6 +44,8 @@ def test_finetuned__every_weight_learns_and_the_error_falls(kind: str) -> None:
         loss(output, torch.tensor(0.5), 1.0, target, SETTINGS).backward()
         optimiser.step()
         errors.append(output.squared_error.item())
+    w = tuned.weights
+    assert torch.equal(w.centre_D, w.b_dec_D) if spec.autoencodes else not w.centre_D.any()
     assert sum(errors[-10:]) < 0.9 * sum(errors[:10])
     assert all((tensor - old).abs().max() > 0 for tensor, old in zip(tuned.learned(), before, strict=True))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sae.dictionary import Dictionary
 from sae.fold import Scales
 from sae.shape import Shape
 from sae.start import StartError, choose, finetune, join
@@ -21,11 +22,13 @@ def fresh(spec, start) -> TrainingDictionary:
     return dictionary
 
 
-@pytest.mark.parametrize("activation", ["jumprelu", "gated"])
+@pytest.mark.parametrize(
+    ("activation", "source"), [("jumprelu", "jumprelu"), ("gated", "jumprelu"), ("batch_topk", "batch_topk")]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_finetune__starts_at_the_published_function(kind: str, activation: str) -> None:
+def test_finetune__starts_at_the_published_function(kind: str, activation: str, source: str) -> None:
     spec = make_spec(kind, activation)
-    published = started(make_spec(kind, "jumprelu")).folded(SCALES)
+    published = started(make_spec(kind, source)).folded(SCALES)
     dictionary = fresh(spec, finetune(published, Shape.of(spec, SITE_WIDTHS), scales_of(spec), spec.autoencodes))
     for w_dec in dictionary.weights("w_dec"):
         torch.testing.assert_close(w_dec.norm(dim=1), torch.ones(len(w_dec)))
@@ -33,6 +36,16 @@ def test_finetune__starts_at_the_published_function(kind: str, activation: str) 
     x = raw(spec, make_rows(spec, seed=7)[0], spec.reads)
     expected = published.decode(published.encode(x), x)
     torch.testing.assert_close(again.decode(again.encode(x), x), expected, rtol=1e-3, atol=0.05)
+
+
+def test_finetune__a_relu_has_the_published_latents_active() -> None:
+    spec = make_spec("sae", "relu")
+    published = started(make_spec("sae", "jumprelu")).folded(SCALES)
+    again = fresh(spec, finetune(published, Shape.of(spec, SITE_WIDTHS), scales_of(spec), autoencodes=True)).folded(
+        SCALES
+    )
+    x = raw(spec, make_rows(spec, seed=7)[0], spec.reads)
+    assert ((again.encode(x) > 0) == (published.encode(x) > 0)).float().mean() > 0.999
 
 
 def test_finetune__keeps_the_weights_through_the_first_batch_and_goes_on_from_their_l0() -> None:
@@ -86,6 +99,27 @@ def test_join__latents_fire_as_those_they_come_from(kind: str, monkeypatch) -> N
         mine = fires[:, layer * share : (layer + 1) * share].sum(0).tolist()
         assert set(mine) <= set(part.sum(0).tolist()), "each later latent is one of its layer's"
     assert len(dictionary.weights("w_skip")) == (len(spec.layers) if "skip" in kind else 0)
+
+
+def test_join__a_latent_writes_to_later_layers_what_the_one_like_it_writes_there(monkeypatch) -> None:
+    for key in SITE_WIDTHS:
+        monkeypatch.setitem(SITE_WIDTHS, key, 7)
+    spec = make_spec("causal_crosscoder", "jumprelu", width=9)
+    directions, away = torch.eye(7)[:3], torch.eye(7)[3:6]
+    singles = []
+    for layer in spec.layers:
+        # Latent 0 of layer 0 points along what latent 1 of layer 1 reads, by half; nothing else is alike.
+        reads = directions if layer != 1 else away.clone()
+        if layer == 1:
+            reads[1] = (directions[0] + 3**0.5 * away[1]) / 2
+        writes = directions if layer == 0 else away.flip(0)
+        zeros = torch.zeros(3)
+        shape = Shape.layered(3, [7], [7], 1)
+        singles.append(Dictionary(shape, [reads.T.contiguous()], zeros, zeros, [writes], torch.zeros(7)))
+    ones = Scales([1.0] * 3, [1.0] * 3)
+    joined = join(singles, Shape.of(spec, SITE_WIDTHS), ones, autoencodes=True)
+    torch.testing.assert_close(joined.w_dec[0][0], torch.cat([directions[0], 0.5 * away[1], away[2]]))
+    torch.testing.assert_close(joined.w_dec[2], away.flip(0))
 
 
 def test_join__one_dictionary_a_layer_is_needed() -> None:

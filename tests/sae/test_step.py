@@ -1,12 +1,16 @@
 """Training dictionaries of every kind: start, folding, state, dead latents, schedules."""
 
+import itertools
+
 import pytest
 import torch
 
 from sae import schedule
+from sae.activations import DEAD_THRESHOLD_DECAY
+from sae.dead import auxk_pairs, badly_rebuilt_rows
 from sae.fold import Scales, fold, unfold
 from sae.matryoshka import prefix_ends
-from sae.spec import DictionarySpec, Matryoshka, Training
+from sae.spec import AuxK, DictionarySpec, Matryoshka, Training
 from sae.step import TrainingDictionary
 from tests.sae.specs import ACTIVATIONS, KINDS, SITE_WIDTHS, make_rows, make_spec
 
@@ -153,6 +157,47 @@ def test_resampling__dead_latents_restart_along_rows_and_forget_their_moments(ac
     dictionary.idle.rows_F[dead] = 20_000
     dictionary.step(x, y, progress=0.62)
     assert (w_dec[dead] * before).sum(1).min() > 0.9, "done once, not again after that share of the run"
+
+
+def test_badly_rebuilt_rows__are_different_and_bad_ones_more_likely() -> None:
+    error = torch.ones(50, 3)
+    error[7] = 1000
+    drawn = [badly_rebuilt_rows(error, 10, seed=0, step=step) for step in range(20)]
+    assert all(len(set(rows.tolist())) == 10 and 7 in rows for rows in drawn)
+    assert torch.equal(badly_rebuilt_rows(error, 10, seed=0, step=3), drawn[3])
+
+
+def test_auxk__takes_half_the_written_width_of_dead_latents_a_row() -> None:
+    pre, dead = torch.rand(5, 40) + 0.1, torch.arange(0, 40, 2)
+    pairs = auxk_pairs(AuxK(), pre, dead, d_out=12)
+    assert torch.bincount(pairs.rows_P).tolist() == [6] * 5
+    for row in range(5):
+        taken = pairs.latents_P[pairs.rows_P == row]
+        assert set(taken.tolist()) == set(dead[pre[row, dead].topk(6).indices].tolist())
+
+
+@pytest.mark.parametrize("auxk", [None, {}])
+def test_auxk__lowers_the_thresholds_of_dead_latents(auxk: dict | None) -> None:
+    dictionary = started(make_spec("sae", "jumprelu", auxk=auxk, training={"jumprelu": {"bandwidth": 1e-6}}))
+    dead = torch.tensor([4, 17])
+    dictionary.idle.rows_F[dead] = 20_000
+    dictionary.parameters["b_enc"][dead] = -100.0  # far from their thresholds, which therefore get no gradient
+    before = dictionary.activation.state["threshold"].clone()
+    dictionary.optimiser.state[dictionary.learned["threshold"]]["exp_avg"].zero_()
+    dictionary.step(*make_rows(dictionary.spec, 9), progress=0.5)
+    ratio = dictionary.activation.state["threshold"][dead] / before[dead]
+    torch.testing.assert_close(ratio, torch.full((2,), 1.0 if auxk is None else 1 - DEAD_THRESHOLD_DECAY))
+
+
+def test_control__eases_off_while_l0_is_on_its_way_down() -> None:
+    activation = started(make_spec("sae", "relu"), steps=1).activation
+    activation.state["excess"].zero_()
+    now, coefficients = schedule.now(activation.spec, 1.0, 1), [activation.state["coefficient"].item()]
+    for multiple in (2.0, 2.0, 1.8, 1.0):
+        activation._control(torch.tensor(multiple * now.l0), now)
+        coefficients.append(activation.state["coefficient"].item())
+    rises = [after > before for before, after in itertools.pairwise(coefficients)]
+    assert rises == [True, True, False, False]
 
 
 def test_idle__counts_rows_since_each_latent_fired() -> None:

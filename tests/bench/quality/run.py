@@ -1,7 +1,8 @@
 """Quality against peers on the same real rows: python tests/bench/quality/run.py
 
 Makes the peers' environment and the rows if the cache lacks them, trains every cell that it has no result of, prints
-one table and writes reports/bench-quality.json. What is finished stays in the cache: an interrupted run goes on.
+one table and writes reports/bench-quality.json; exits 1 if a run failed or a target is missed. What is finished stays
+in the cache: an interrupted run goes on.
 """
 
 import argparse
@@ -137,7 +138,8 @@ def main() -> int:
     if options.rows == TRAIN_ROWS:
         REPORT.parent.mkdir(exist_ok=True)
         REPORT.write_text(json.dumps(report, indent=2) + "\n")
-    return 0 if all(row["ok"] for row in report["rows"]) else 1
+    failed = any("failed" in result for result in bench.results.values())
+    return 1 if failed or not all(row["ok"] for row in report["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ gives in steps or rows is likewise scaled to this run, as a fraction of it:
   and 0.999 would ship the threshold of the start); SAELens's 0.01 a step is left as it is;
 * the L0 penalty rises over the first steps: SAELens's examples say 5 %, dictionary_learning twice the learning rate's.
 
-Everything else is the peer's default: initialisation, Adam, gradient clipping, AuxK's weight, bandwidth, penalty. Each
-peer divides the rows as it is made to: SAELens to a mean norm of √D, dictionary_learning to a mean square of 1. The one
-exception is SAELens's JumpReLU: its defaults (√D, coefficient 1) end at an L0 of 1,128 where 32 is asked for, so it
-gets rows of unit mean square norm and the second coefficient tried.
+Ours has AuxK at 0.1, three times its default, and was seen at 4e-3 too before its three rates were fixed (LOG.md).
+Everything else is each trainer's default: initialisation, Adam, gradient clipping, AuxK's weight, bandwidth, penalty.
+Each peer divides the rows as it is made to: SAELens to a mean norm of √D, dictionary_learning to a mean square of 1.
+The one exception is SAELens's JumpReLU: its defaults (√D, coefficient 1) end at an L0 of 1,128 where 32 is asked for,
+so it gets rows of unit mean square norm and the second coefficient tried.
 """
 
 import hashlib
