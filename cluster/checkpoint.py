@@ -1,4 +1,5 @@
-"""Checkpoints: a file a dictionary, keyed by its id, so that any number of ranks can resume; the manifest last.
+"""Checkpoints: a file a dictionary or a shard of one, keyed by its id, so that any layout can resume; the manifest
+last.
 
 Ranks write their own files and report through Ray Train, which copies them into one folder. When all have
 arrived the controller writes the manifest. A folder without a manifest that verifies is never read.
@@ -6,6 +7,7 @@ arrived the controller writes the manifest. A folder without a manifest that ver
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae import artifact
+from sae.shards import join_shards
 
 SUFFIX = ".safetensors"
 POSITION = "position.json"
@@ -38,15 +41,15 @@ class Committed(NamedTuple):
 
 
 def stage(folder: Path, states: dict[str, dict[str, Tensor]], position: Position) -> None:
-    """One rank's part: its dictionaries' states, and (the same at every rank) the position."""
-    for id, state in states.items():
-        save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, folder / f"{id}{SUFFIX}")
+    """One rank's part: its dictionaries' or shards' states, and (the same at every rank) the position."""
+    for name, state in states.items():
+        save_file({key: tensor.contiguous().cpu() for key, tensor in state.items()}, folder / f"{name}{SUFFIX}")
     (folder / POSITION).write_text(json.dumps(position._asdict()) + "\n")
 
 
-def commit(folder: Path, ids: list[str]) -> None:
-    """Makes a folder with every dictionary's file a checkpoint."""
-    missing = [id for id in ids if not (folder / f"{id}{SUFFIX}").is_file()]
+def commit(folder: Path, parts: list[str]) -> None:
+    """Makes a folder with the files of all parts a checkpoint."""
+    missing = [part for part in parts if not (folder / f"{part}{SUFFIX}").is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
     artifact.seal(folder)
@@ -70,10 +73,27 @@ def newest(train_folder: Path) -> Committed | None:
     return None
 
 
-def load(folder: Path, id: str) -> dict[str, Tensor]:
-    """The state of one dictionary."""
-    with safe_open(folder / f"{id}{SUFFIX}", framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+def part_name(id: str, shard: int, shards: int) -> str:
+    """Of the file of one shard of a dictionary."""
+    return id if shards == 1 else f"{id}.shard-{shard}-of-{shards}"
+
+
+class State(Mapping[str, Tensor]):
+    """The state of a whole dictionary, joined from its shards' files as each entry is read."""
+
+    def __init__(self, folder: Path, id: str):
+        whole = folder / f"{id}{SUFFIX}"
+        parts = sorted(folder.glob(f"{id}.shard-*{SUFFIX}"), key=lambda path: int(path.name.split("-")[-3]))
+        self.files = [safe_open(path, framework="pt") for path in ([whole] if whole.exists() else parts)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return join_shards(name, [file.get_tensor(name) for file in self.files])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files[0].keys())
+
+    def __len__(self) -> int:
+        return len(list(self.files[0].keys()))
 
 
 def prune(train_folder: Path, keep: Committed | None) -> None:

@@ -1,43 +1,72 @@
 """Exchange: "my rows, all sites" becomes "all rows, my sites".
 
 One `all_to_all_single` with uneven splits carries every site's rows to the ranks that hold its dictionaries (the
-transposition of mixture-of-experts models). A site whose dictionaries lie on two ranks is sent to both.
+transposition of mixture-of-experts models). A site whose dictionaries lie on two teams is sent to both. Of a team,
+every shard gets the same rows, and each replica its own part of every batch.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cluster.harvest import decode_bf16
-from cluster.stream import Window
+from cluster.layout import Layout
+from cluster.stream import Order, Window
 
 
-def exchange(
-    window: Window, keys_by_rank: list[list[str]], widths: dict[str, int], device: torch.device
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Ids of all the window's rows, ascending [N], and the rows of this rank's sites in that order, bf16 [N, D].
+class Share(NamedTuple):
+    """What one rank trains on of a window."""
 
-    `keys_by_rank` are the site keys that each rank needs; every rank calls with the same ones.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    counts = _gather_counts(len(window.ids), world, device)
+    ids: Tensor
+    """Ids of all the window's rows, ascending [N]."""
+    places: Tensor
+    """Where in `ids` this rank's rows stand, ascending [n]."""
+    rows: dict[str, Tensor]
+    """The rows of its sites in that order, bf16 [n, D]."""
+    replica: int
+    replicas: int
+
+    def batch(self, chosen: Tensor) -> dict[str, Tensor]:
+        """This replica's rows of a batch, which `chosen` names by their places in `ids`."""
+        part = chosen.tensor_split(self.replicas)[self.replica].to(self.places.device)
+        mine = torch.searchsorted(self.places, part)
+        return {key: rows[mine] for key, rows in self.rows.items()}
+
+
+def exchange(window: Window, layout: Layout, order: Order, device: torch.device) -> Share:
+    """Every rank calls with its share of the same window."""
+    rank, ranks = dist.get_rank(), range(layout.n_ranks)
+    counts = _gather_counts(len(window.ids), layout.n_ranks, device)
     ids = _to_all(torch.from_numpy(window.ids).to(device), counts)
-    order = ids.argsort()
+    sorted_ids, by_id = ids.sort()
+    places = by_id.argsort()  # of each row as it was sent
+    replicas = order.replica_of(window.number, len(ids), layout.replicas).to(device)[places].split(counts)
+    mine = layout.place(rank).replica
 
-    local = {key: decode_bf16(bits).to(device).flatten() for key, bits in window.rows.items()}
-    parts = [local[key] for keys in keys_by_rank for key in keys if key in local]
-    send = torch.cat(parts) if parts else torch.empty(0, dtype=torch.bfloat16, device=device)
-    row_sizes = [sum(widths[key] for key in keys) for keys in keys_by_rank]  # values that one row takes to each rank
-    received = torch.empty(sum(counts) * row_sizes[rank], dtype=torch.bfloat16, device=device)
+    local = {key: decode_bf16(bits).to(device) for key, bits in window.rows.items()}
+    keys = [layout.keys(layout.place(to).team) for to in ranks]
+    wanted = [replicas[rank] == layout.place(to).replica for to in ranks]
+    send = [_only(local[key], wanted[to]).flatten() for to in ranks for key in keys[to] if key in local]
+    row_sizes = [sum(layout.widths[key] for key in keys[to]) for to in ranks]  # values that one row takes to each rank
+    arriving = [int((replicas[sender] == mine).sum()) for sender in ranks]
+    received = torch.empty(sum(arriving) * row_sizes[rank], dtype=torch.bfloat16, device=device)
     dist.all_to_all_single(
         received,
-        send,
-        output_split_sizes=[count * row_sizes[rank] for count in counts],
-        input_split_sizes=[counts[rank] * size for size in row_sizes],
+        torch.cat(send) if send else received.new_empty(0),
+        output_split_sizes=[count * row_sizes[rank] for count in arriving],
+        input_split_sizes=[int(wanted[to].sum()) * row_sizes[to] for to in ranks],
     )
-    return ids[order], {
-        key: rows[order] for key, rows in _by_site(received, counts, keys_by_rank[rank], widths).items()
-    }
+    my_places, in_order = places[torch.cat(replicas) == mine].sort()
+    by_site = _by_site(received, arriving, keys[rank], layout.widths)
+    my_rows = {key: rows[in_order] for key, rows in by_site.items()}
+    return Share(sorted_ids, my_places, my_rows, mine, layout.replicas)
+
+
+def _only(rows: Tensor, mask: Tensor) -> Tensor:
+    """The rows that a mask names, without a copy if these are all."""
+    return rows if mask.all() else rows[mask]
 
 
 def _gather_counts(mine: int, world: int, device: torch.device) -> list[int]:

@@ -18,8 +18,9 @@ from torch import Tensor
 from cluster import checkpoint, harvest, start
 from cluster.calibrate import SiteScale
 from cluster.checkpoint import Position
-from cluster.exchange import exchange
+from cluster.exchange import Share, exchange
 from cluster.layout import Layout
+from cluster.mesh import team_of
 from cluster.recipe import Recipe
 from cluster.stream import Order, WindowReader
 from cluster.tracking import FitReporter
@@ -122,9 +123,9 @@ class Rank:
     def __init__(self, job: Job, number: int, device: torch.device):
         torch.set_num_threads(max(1, int(job.recipe.fit.cpus_per_worker)))
         self.job, self.number, self.device = job, number, device
-        self.order = Order.of(job.recipe)
+        self.order, self.place, team = Order.of(job.recipe), job.layout.place(number), team_of(job.layout, number)
         widths = job.layout.widths
-        self.bank = [TrainingDictionary(spec, widths, device) for spec in job.layout.ranks[number]]
+        self.bank = [TrainingDictionary(spec, widths, device, team=team) for spec in job.layout.teams[self.place.team]]
         self.position = Position()
         self.started = time.monotonic()
         self.rows_at_start = 0
@@ -137,7 +138,7 @@ class Rank:
             self.position = committed.position
             self.rows_at_start = committed.position.rows
             for dictionary in self.bank:
-                dictionary.load(checkpoint.load(committed.folder, dictionary.spec.id))
+                dictionary.load(checkpoint.State(committed.folder, dictionary.spec.id))
             return
         for dictionary in self.bank:
             start.take_over(dictionary, self.job.scales)
@@ -146,14 +147,11 @@ class Rank:
         """For each window from this position on, its batches."""
         keys = [site.key for site in self.job.layout.sites]
         for window in WindowReader(self.order, source, keys).windows(self.position.window):
-            ids, rows = exchange(window, self.job.layout.keys_by_rank, self.job.layout.widths, self.device)
-            yield self._batches(window.number, len(ids), rows)
+            yield self._batches(window.number, exchange(window, self.job.layout, self.order, self.device))
 
-    def _batches(
-        self, window: int, n_rows: int, rows: dict[str, Tensor]
-    ) -> Iterator[tuple[dict[str, Tensor], float, Position]]:
-        """Rows of each batch, the run's progress with it, and the position after it."""
-        batches = self.order.batches(window, n_rows)
+    def _batches(self, window: int, share: Share) -> Iterator[tuple[dict[str, Tensor], float, Position]]:
+        """This replica's rows of each batch, the run's progress with it, and the position after it."""
+        batches = self.order.batches(window, len(share.ids))
         for number, chosen in enumerate(batches):
             if (window, number) < (self.position.window, self.position.batch):
                 continue  # trained on before the checkpoint
@@ -166,7 +164,7 @@ class Rank:
                 done=ends_window and window + 1 == self.order.windows,
             )
             progress = self.order.progress(window, number, len(batches))
-            yield {key: tensor[chosen.to(self.device)] for key, tensor in rows.items()}, progress, after
+            yield share.batch(chosen), progress, after
             self.position = after
 
     def step(self, rows: dict[str, Tensor], progress: float) -> None:
@@ -183,6 +181,9 @@ class Rank:
         for dictionary in self.bank:
             dictionary.step(rows_of(dictionary.spec.reads), rows_of(dictionary.spec.writes), progress)
 
+    def _part(self, dictionary: TrainingDictionary) -> str:
+        return checkpoint.part_name(dictionary.spec.id, self.place.shard, self.job.layout.shards)
+
     def stop_requested(self) -> bool:
         """Whether to stop here: all ranks must agree, so rank 0's view is everyone's."""
         asked = torch.tensor([self.number == 0 and self.job.stop_file.exists()], dtype=torch.uint8)
@@ -193,12 +194,18 @@ class Rank:
         """Tells the controller how the fit goes; a barrier of all ranks."""
         figures = {dictionary.spec.id: dictionary.sums.take() for dictionary in self.bank}
         rate = (position.rows - self.rows_at_start) / (time.monotonic() - self.started)
-        metrics = {"position": position._asdict(), "rows_per_second": rate, "dictionaries": figures}
+        metrics = {
+            "position": position._asdict(),
+            "rows_per_second": rate,
+            "dictionaries": figures,
+            "parts": [self._part(dictionary) for dictionary in self.bank],
+        }
         if not with_checkpoint:
             return ray.train.report(metrics)
         name = [f"step-{position.step:09d}-{uuid.uuid4().hex[:8]}"]  # a folder is never written twice
         dist.broadcast_object_list(name, src=0)
         with tempfile.TemporaryDirectory() as folder:
-            states = {dictionary.spec.id: dictionary.state() for dictionary in self.bank}
+            writes = self.place.replica == 0  # the others' states are the same
+            states = {self._part(dictionary): dictionary.state() for dictionary in self.bank} if writes else {}
             checkpoint.stage(Path(folder), states, position)
             ray.train.report(metrics, ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name[0])

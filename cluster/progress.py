@@ -20,10 +20,9 @@ class LiveLine:
 
     def __init__(self, path: Path, layout: Layout, order: Order):
         self.path, self.order = path, order
-        specs = [spec for rank in layout.ranks for spec in rank]
-        self.keys = {spec.id: span(spec) for spec in specs}
+        self.keys = {spec.id: span(spec) for spec in layout.specs}
         if len(set(self.keys.values())) > SHOWN:
-            self.keys = {spec.id: spec.kind for spec in specs}
+            self.keys = {spec.id: spec.kind for spec in layout.specs}
         self.terminal = sys.__stdout__ is not None and sys.__stdout__.isatty()
         self.shown_at, self.text = 0.0, ""
 

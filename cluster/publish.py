@@ -29,7 +29,7 @@ def stage(recipe: Recipe, layout: Layout, scales: dict[str, SiteScale], trained:
     places, factors = folders(recipe, root), {key: site.scale for key, site in scales.items()}
     for spec in recipe.specs():
         dictionary = TrainingDictionary(spec, layout.widths, torch.device("cpu"))
-        dictionary.load(checkpoint.load(trained, spec.id))
+        dictionary.load(checkpoint.State(trained, spec.id))
         config = artifact.config(spec, recipe.model.public_name, layout.model_layers)
         artifact.write(places[spec.id], dictionary.folded(factors), config)
         artifact.seal(places[spec.id])

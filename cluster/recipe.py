@@ -76,6 +76,12 @@ class Fit(Strict):
     cpus_per_worker: float = Field(1, gt=0)
     gpu: bool = False
     """One GPU a worker, rows exchanged by nccl; else CPU and gloo."""
+    shards: PositiveInt | None = None
+    """Workers over which each dictionary's latents are cut; by default as few as the others allow."""
+    replicas: PositiveInt | None = None
+    """Workers over which the rows of each dictionary's batches are cut; by default as few as the others allow."""
+    memory_gib: float | None = Field(None, gt=0)
+    """Of a worker (its device's, with gpu): dictionaries are cut until each worker's plan fits. By default no limit."""
     report_every_steps: PositiveInt = 4
     checkpoint_every_steps: PositiveInt = 50
     max_failures: int = Field(5, ge=0)

@@ -63,6 +63,14 @@ class Order:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + window)
         return list(torch.randperm(rows, generator=generator).tensor_split(self._batches_of(rows)))
 
+    def replica_of(self, window: int, rows: int, replicas: int) -> Tensor:
+        """Which of a team's replicas each of a window's rows, sorted by id, goes to: of each batch in equal parts."""
+        chosen = torch.empty(rows, dtype=torch.int64)
+        for batch in self.batches(window, rows):
+            for replica, part in enumerate(batch.tensor_split(replicas)):
+                chosen[part] = replica
+        return chosen
+
     def progress(self, window: int, batch: int, batches: int) -> float:
         """Share of the run that is done with batch `batch` of a window of `batches`, in (0, 1]."""
         done = window * self.window_sequences + self._sequences_in(window) * (batch + 1) / batches

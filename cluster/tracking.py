@@ -88,18 +88,18 @@ class Runs:
             return
         self.parent = self.client.create_run(self.experiment, run_name=recipe.name).info.run_id
         self.client.log_text(self.parent, recipe.to_yaml(), "recipe.yaml")
-        for rank, specs in enumerate(layout.ranks):
+        for team, specs in enumerate(layout.teams):
             for spec in specs:
-                self.children[spec.id] = self._create_child(recipe, spec, rank)
+                self.children[spec.id] = self._create_child(recipe, spec, team)
         known = {"experiment": self.experiment, "parent": self.parent, "children": self.children}
         replace_text(path, json.dumps(known, indent=2) + "\n")
 
-    def _create_child(self, recipe: Recipe, spec: DictionarySpec, rank: int) -> str:
+    def _create_child(self, recipe: Recipe, spec: DictionarySpec, team: int) -> str:
         from mlflow.entities import Param
 
         tags = {"mlflow.parentRunId": self.parent, "dictionary": spec.id}
         run = self.client.create_run(self.experiment, run_name=spec.id, tags=tags).info.run_id
-        fields = spec.model_dump(exclude={"id", "l0", "options", "training"}) | {"l0_target": spec.l0, "rank": rank}
+        fields = spec.model_dump(exclude={"id", "l0", "options", "training"}) | {"l0_target": spec.l0, "team": team}
         fields |= _flat(spec.options.model_dump()) | _flat(spec.training.model_dump())
         fields |= {"model": recipe.model.name, "train_tokens": recipe.corpus.train_tokens}
         self.client.log_batch(run, params=[Param(key, str(value)) for key, value in fields.items()])
@@ -149,7 +149,7 @@ class FitReporter(UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         figures = {id: values for rank in metrics for id, values in rank["dictionaries"].items()}
         if checkpoint is not None:
-            commit(Path(checkpoint.path), list(figures))
+            commit(Path(checkpoint.path), [part for rank in metrics for part in rank["parts"]])
         told = metrics[0] | {"dictionaries": figures, "committed": checkpoint is not None}
         replace_text(self.progress, json.dumps(told) + "\n")
         step, now = metrics[0]["position"]["step"], int(time.time() * 1000)

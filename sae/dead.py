@@ -5,20 +5,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae.largest import largest_of_rows
 from sae.pairs import Pairs
 from sae.spec import AuxK, DictionarySpec, Preactivation
+from sae.team import ALONE, Axis, Team
 
 
 class Idle:
     """For how many rows each latent has not fired."""
 
-    def __init__(self, spec: DictionarySpec, device: torch.device):
-        self.limit = spec.options.dead_after_rows
-        self.rows_F = torch.zeros(spec.width, dtype=torch.int64, device=device)
+    def __init__(self, spec: DictionarySpec, device: torch.device, team: Team = ALONE):
+        self.limit, self.team = spec.options.dead_after_rows, team
+        self.rows_F = torch.zeros(spec.width // team.latents.count, dtype=torch.int64, device=device)
 
     def update(self, pairs: Pairs, n_rows: int) -> None:
-        fired = torch.bincount(pairs.latents_P[pairs.values_P > 0], minlength=len(self.rows_F)) > 0
-        self.rows_F.add_(n_rows).masked_fill_(fired, 0)
+        fired_F = torch.bincount(pairs.latents_P[pairs.values_P > 0], minlength=len(self.rows_F))
+        self.rows_F.add_(n_rows).masked_fill_(self.team.rows.sum(fired_F) > 0, 0)
 
     @property
     def dead(self) -> Tensor:
@@ -26,19 +28,17 @@ class Idle:
         return (self.rows_F >= self.limit).nonzero()[:, 0]
 
 
-def auxk_pairs(options: AuxK, pre_BF: Tensor, dead: Tensor, d_out: int) -> Pairs:
-    """The dead latents of each row with the largest positive pre-activations; the value is the pre-activation."""
-    count = min(options.latents or d_out // 2, len(dead))
+def auxk_pairs(count: int, pre_BF: Tensor, dead: Tensor, shards: Axis) -> Pairs:
+    """The `count` dead latents of each row, of all shards, with the largest positive pre-activations; the value is the
+    pre-activation."""
     pre_BX = pre_BF[:, dead]
-    largest = pre_BX.topk(count, dim=1, sorted=False).indices
-    mask_BX = torch.zeros_like(pre_BX, dtype=torch.bool).scatter_(1, largest, True)
-    pairs = Pairs.where(mask_BX & (pre_BX > 0), pre_BX)
+    pairs = Pairs.where(largest_of_rows(pre_BX, count, shards) & (pre_BX > 0), pre_BX)
     return pairs._replace(latents_P=dead[pairs.latents_P])
 
 
-def auxk_gradient(options: AuxK, rebuilt_BD: Tensor, error_BD: Tensor) -> Tensor:
+def auxk_gradient(options: AuxK, rebuilt_BD: Tensor, error_BD: Tensor, replicas: Axis) -> Tensor:
     """Gradient by ê of α·Σ‖e − ê‖²/Σ‖e‖², where e is what the living leave over, y − ŷ, held constant. [B, D]"""
-    return (rebuilt_BD + error_BD) * (2 * options.coefficient / error_BD.square().sum())
+    return (rebuilt_BD + error_BD) * (2 * options.coefficient / replicas.sum(error_BD.square().sum()))
 
 
 class PreactivationGradients(NamedTuple):
@@ -50,10 +50,11 @@ class PreactivationGradients(NamedTuple):
 
 
 def preactivation_gradients(
-    options: Preactivation, pre_BF: Tensor, dead: Tensor, threshold_F: Tensor
+    options: Preactivation, pre_BF: Tensor, dead: Tensor, threshold_F: Tensor, n_rows: int
 ) -> PreactivationGradients:
+    """`pre_BF` are some of the batch's `n_rows` rows."""
     below_BX = pre_BF[:, dead] < threshold_F[dead]
-    slope_BX = below_BX.to(pre_BF.dtype) * (options.coefficient / len(pre_BF))
+    slope_BX = below_BX.to(pre_BF.dtype) * (options.coefficient / n_rows)
     return PreactivationGradients(-slope_BX, slope_BX.sum(0))
 
 

@@ -5,11 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae.team import ALONE, Team
+
 
 class FitSums:
     """Running figures of a dictionary in training, kept on its device until `take` reads them."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, team: Team = ALONE):
+        self.team = team
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.rows = 0
 
@@ -19,9 +22,11 @@ class FitSums:
         self.rows += len(x_BD)
 
     def take(self) -> dict[str, float]:
-        """FVU and L0 over the batches since the last call."""
-        squared_error, variance, active = self.sums.tolist()
-        figures = {"fvu": squared_error / variance, "l0": active / self.rows}
+        """FVU and L0 over the batches since the last call; every rank of the team calls."""
+        self.team.latents.sum(self.sums[2:])  # every shard has the whole error, and the active pairs of its latents
+        squared_error, variance, active = self.team.rows.sum(self.sums).tolist()
+        rows = self.team.total(self.rows, self.team.rows, self.sums.device)
+        figures = {"fvu": squared_error / variance, "l0": active / rows}
         self.sums.zero_()
         self.rows = 0
         return figures

@@ -25,19 +25,33 @@ if TYPE_CHECKING:
 class Objective:
     """One batch: what is active, the error, and the gradients by name of everything learned."""
 
-    def __init__(self, dictionary: TrainingDictionary, centred_BD: Tensor, y_BD: Tensor, pre_BF: Tensor, now: Now):
+    def __init__(
+        self,
+        dictionary: TrainingDictionary,
+        centred_BD: Tensor,
+        y_BD: Tensor,
+        pre_BF: Tensor,
+        n_rows: int,
+        now: Now,
+    ):
+        """The rows are some of the batch's `n_rows`, if the dictionary has replicas."""
         self.spec, self.shape, self.activation = dictionary.spec, dictionary.shape, dictionary.activation
+        self.team, self.n_rows = dictionary.team, n_rows
         self.parameters, self.idle = dictionary.parameters, dictionary.idle
         self.centred_BD, self.y_BD, self.pre_BF, self.now = centred_BD, y_BD, pre_BF, now
         self.groups = self.shape.groups
         self.w_enc, self.w_dec, self.w_skip = (dictionary.weights(name) for name in ("w_enc", "w_dec", "w_skip"))
-        self.pairs = self.activation.select(pre_BF, now)
+        self.pairs = self.activation.select(pre_BF, n_rows, now)
         step = int(dictionary.steps_done) + 1
-        self.actives = self._actives(self.pairs, [prefix_ends(self.spec, group, step) for group in self.groups])
+        self.actives = self._actives(
+            self.pairs, [prefix_ends(self.spec, group, step, self.team.latents) for group in self.groups]
+        )
         self.gradients: dict[str, Tensor] = {}
         self.error_BD = self._reconstruct()
         self._revive()
         self._through_the_centre()
+        for gradient in self.gradients.values():
+            self.team.rows.sum(gradient)
         self._without_parallel_part()
 
     def _reconstruct(self) -> Tensor:
@@ -46,12 +60,12 @@ class Objective:
         for n, (reads, writes) in enumerate(self._skip_columns()):
             rest_BD[:, writes] += self.centred_BD[:, reads] @ self.w_skip[n]
         error_BnD = prefix_errors(self._decode(self.actives, self.pairs.values_P), rest_BD)
-        grad_BnD = segment_gradients(error_BnD)
+        grad_BnD = segment_gradients(error_BnD, self.n_rows)
         grad_values_P = self._value_gradients(self.actives, grad_BnD)
-        grad_pre_P = self.activation.backward(self.pairs, grad_values_P, len(self.y_BD), self.now)
+        grad_pre_P = self.activation.backward(self.pairs, grad_values_P, self.n_rows, self.now)
         if self.activation.rebuilds_frozen:
             frozen_BnD = prefix_errors(self._decode(self.actives, self.pairs.pre_P), rest_BD)
-            grad_pre_P = grad_pre_P + self._value_gradients(self.actives, segment_gradients(frozen_BnD))
+            grad_pre_P = grad_pre_P + self._value_gradients(self.actives, segment_gradients(frozen_BnD, self.n_rows))
 
         self.gradients["b_enc"] = torch.zeros_like(self.parameters["b_enc"])
         self._add(self.actives, self.pairs, grad_BnD, grad_pre_P)
@@ -68,19 +82,23 @@ class Objective:
         if options.auxk is None and options.preactivation is None:
             return
         dead = self.idle.dead
-        if options.auxk is not None and len(dead):
-            self._rebuild_what_is_left(options.auxk, dead)
+        if options.auxk is not None:
+            all_dead = self.team.total(len(dead), self.team.latents, dead.device)
+            if all_dead:
+                self._rebuild_what_is_left(options.auxk, dead, all_dead)
         if options.preactivation is not None and len(dead):
             self._draw_up(options.preactivation, dead)
 
-    def _rebuild_what_is_left(self, options: AuxK, dead: Tensor) -> None:
-        pairs = auxk_pairs(options, self.pre_BF, dead, self.shape.d_out)
+    def _rebuild_what_is_left(self, options: AuxK, dead: Tensor, all_dead: int) -> None:
+        count = min(options.latents or self.shape.d_out // 2, all_dead)
+        pairs = auxk_pairs(count, self.pre_BF, dead, self.team.latents)
         actives = self._actives(pairs, [[group.width] for group in self.groups])
-        grad_BnD = auxk_gradient(options, self._decode(actives, pairs.values_P)[:, 0], self.error_BD)[:, None]
+        rebuilt_BD = self._decode(actives, pairs.values_P)[:, 0]
+        grad_BnD = auxk_gradient(options, rebuilt_BD, self.error_BD, self.team.rows)[:, None]
         self._add(actives, pairs, grad_BnD, self._value_gradients(actives, grad_BnD))
 
     def _draw_up(self, options: Preactivation, dead: Tensor) -> None:
-        by = preactivation_gradients(options, self.pre_BF, dead, self.activation.threshold())
+        by = preactivation_gradients(options, self.pre_BF, dead, self.activation.threshold(), self.n_rows)
         for n, group in enumerate(self.groups):
             here = (dead >= group.latents.start) & (dead < group.latents.stop)
             rows = by.pre_BX[:, here].T @ self.centred_BD[:, group.reads]
@@ -92,8 +110,10 @@ class Objective:
     def _through_the_centre(self) -> None:
         """b_dec is also what is subtracted from the input, if a dictionary writes what it reads."""
         if self.spec.autoencodes:
+            pulled_D = torch.zeros_like(self.gradients["b_dec"])
             for group, w_enc in zip(self.groups, self.w_enc, strict=True):
-                self.gradients["b_dec"][group.reads] -= self.gradients["b_enc"][group.latents] @ w_enc
+                pulled_D[group.reads] += self.gradients["b_enc"][group.latents] @ w_enc
+            self.gradients["b_dec"] -= self.team.latents.sum(pulled_D)
 
     def _without_parallel_part(self) -> None:
         """The part of a gradient along a unit row would only be undone by the normalisation after the step."""
@@ -124,12 +144,12 @@ class Objective:
         ]
 
     def _decode(self, actives: list[Active], values_P: Tensor) -> Tensor:
-        """What each segment adds to the output, over all groups. [B, segments, d_out]"""
+        """What each segment adds to the output, over all groups and shards. [B, segments, d_out]"""
         parts = [active.decode(values_P[active.chosen], w) for active, w in zip(actives, self.w_dec, strict=True)]
         total_BnD = parts[0]  # the first group writes every column
         for part, group in zip(parts[1:], self.groups[1:], strict=True):
             total_BnD[..., group.writes] += part
-        return total_BnD
+        return self.team.latents.sum(total_BnD)
 
     def _value_gradients(self, actives: list[Active], grad_BnD: Tensor) -> Tensor:
         """∂/∂values of all pairs, given that by what each segment adds. [P]"""

@@ -76,6 +76,14 @@ class Shape(NamedTuple):
         ]
         return Shape(groups, read_widths, write_widths)
 
+    def shard(self, count: int) -> "Shape":
+        """What each of `count` shards of the latents holds: of every group as many, `count` dividing their widths."""
+        groups = [
+            group._replace(latents=slice(group.latents.start // count, group.latents.stop // count))
+            for group in self.groups
+        ]
+        return self._replace(groups=groups)
+
     def parameter_count(self, affine: bool) -> int:
         """Weights, biases and one threshold a latent; with skips if `affine`."""
         weights = sum(group.width * (size(group.reads) + size(group.writes)) for group in self.groups)

@@ -39,8 +39,8 @@ class JumpReLUSettings(Strict):
     tanh_scale: float = Field(4.0, gt=0)
     """c of the tanh penalty (*published*: Anthropic, January 2025, for rows of mean norm √D; ours have unit norm)."""
     frequency_coefficient: float = Field(0.0, ge=0)
-    """μ of the secondary penalty μ·Σ max(0, p − p₀)²/p₀ on the batch frequency p of each latent, by the same estimator
-    (Gemma Scope 2 has such a penalty; its form is *assumed*)."""
+    """μ of the secondary penalty μ·Σ max(0, p − p₀)²/p₀ on the batch frequency p of each latent (Gemma Scope 2 has such
+    a penalty; its form and estimator are *assumed*)."""
     frequency_limit: float = Field(0.05, gt=0, lt=1)
     """p₀ (*measured here*: the most frequent latent comes to lie somewhat above it, and below 10 %, which is what is
     *published*)."""

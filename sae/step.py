@@ -1,5 +1,7 @@
 """One dictionary in training: parameters, optimiser and the step that fits them to a batch of rows."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,12 @@ from sae.dictionary import Dictionary
 from sae.fold import Scales, Trained, fold
 from sae.metrics import FitSums
 from sae.objective import Objective
-from sae.shape import Shape, size
+from sae.shape import Group, Shape, size
+from sae.shards import has_latents
 from sae.spec import DictionarySpec
+from sae.team import ALONE, Team
 
+DRAWN_ROWS = 4096  # of a random matrix at once
 RESAMPLED_NORM = 0.2  # of the living encoder rows' mean norm; published: Bricken et al. 2023
 
 
@@ -31,19 +36,22 @@ class TrainingDictionary:
         site_widths: dict[str, int],
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        team: Team = ALONE,
     ):
-        self.spec, self.shape, self.device = spec, Shape.of(spec, site_widths), device
+        """With a team, this rank's shard of the dictionary, which steps in time with the others."""
+        self.spec, self.team, self.device = spec, team, device
+        self.shape = Shape.of(spec, site_widths).shard(team.latents.count)
         self.parameters = {name: value.to(device, dtype) for name, value in self._fresh().items()}
         self.centre_D = torch.zeros(self.shape.d_in, device=device, dtype=dtype)
-        self.activation = ACTIVATIONS[spec.activation](spec, device, dtype)
-        self.idle = Idle(spec, device)
+        self.activation = ACTIVATIONS[spec.activation](spec, device, dtype, team)
+        self.idle = Idle(spec, device, team)
         self.learned = self.parameters | self.activation.learned
         self.optimiser = torch.optim.Adam(self.learned.values(), betas=spec.training.adam_betas, fused=True)
         self.l0_start = torch.tensor(spec.l0 * spec.training.l0_start, dtype=torch.float64)
         self.taken_over = torch.zeros((), dtype=torch.bool)  # started from published weights, not from the first batch
         self.steps_done = torch.zeros((), dtype=torch.int64)
         self.progress_done = torch.zeros((), dtype=torch.float64)
-        self.sums = FitSums(device)
+        self.sums = FitSums(device, team)
         self.pre_buffer = torch.empty(0, device=device)  # reused: a fresh one a step costs page faults
 
     @torch.no_grad()
@@ -67,35 +75,40 @@ class TrainingDictionary:
     @torch.no_grad()
     def set_gradients(self, x_BD: Tensor, y_BD: Tensor, progress: float) -> Tensor:
         """Sets every learned tensor's `.grad`, as `step` does before Adam; the error ŷ − y. [B, d_out]"""
+        n_rows = self.team.total(len(x_BD), self.team.rows, self.device)
         if self.steps_done == 0:
-            self._start(x_BD, y_BD, self._now(progress))
+            self._start(x_BD, y_BD, n_rows, self._now(progress))
         now = self._now(progress)
         centred_BD = x_BD - self._centre()
         pre_BF = self._pre_activations(centred_BD)
-        objective = Objective(self, centred_BD, y_BD, pre_BF, now)
+        objective = Objective(self, centred_BD, y_BD, pre_BF, n_rows, now)
         for name, parameter in self.learned.items():
             parameter.grad = objective.gradients[name]
-        self.idle.update(objective.pairs, len(x_BD))
+        self.idle.update(objective.pairs, n_rows)
         self.sums.add(y_BD, objective.error_BD, objective.pairs.values_P)
         return objective.error_BD
 
     @torch.no_grad()
     def take_over(self, start: Trained) -> None:
         """Starts from given weights in place of random ones (`sae.start`): the same function, with unit decoder rows.
+        A shard takes its part of the whole dictionary's.
 
         If the L0 target decays, it does so from the L0 that these weights have on the first batch.
         """
-        norms = [w_FD.norm(dim=1).clamp_min(torch.finfo(w_FD.dtype).tiny) for w_FD in start.w_dec]
+        mine = self.team.mine
+        encoders, decoders = (list(map(mine, matrices)) for matrices in (start.w_enc, start.w_dec))
+        norms = [w_FD.norm(dim=1).clamp_min(torch.finfo(w_FD.dtype).tiny) for w_FD in decoders]
         for n, norm_F in enumerate(norms):
-            self.parameters[f"w_dec.{n}"].copy_(start.w_dec[n] / norm_F[:, None])
-            self.parameters[f"w_enc.{n}"].copy_(start.w_enc[n] * norm_F[:, None])
+            self.parameters[f"w_dec.{n}"].copy_(decoders[n] / norm_F[:, None])
+            self.parameters[f"w_enc.{n}"].copy_(encoders[n] * norm_F[:, None])
         for n, skip in enumerate(start.w_skip):
             self.parameters[f"w_skip.{n}"].copy_(skip)
         self.parameters["b_dec"].copy_(start.b_dec_D)
         self.centre_D.copy_(start.centre_D)
         norm_F = torch.cat(norms)
-        self.parameters["b_enc"].copy_(start.b_enc_F * norm_F)
-        self.parameters["b_enc"] += self.activation.take_over((start.threshold_F * norm_F).to(self.parameters["b_enc"]))
+        self.parameters["b_enc"].copy_(mine(start.b_enc_F) * norm_F)
+        threshold_F = (mine(start.threshold_F) * norm_F).to(self.parameters["b_enc"])
+        self.parameters["b_enc"] += self.activation.take_over(threshold_F)
         self.taken_over.fill_(True)
 
     def weights(self, name: str) -> list[Tensor]:
@@ -114,21 +127,26 @@ class TrainingDictionary:
         return Trained(w_enc, b_enc_F, gain_F, shift_F, threshold_F, w_dec, b_dec_D, self._centre(), w_skip, k)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, by name; `load` is the inverse."""
+        """Everything that the next step depends on, by name, of this shard; `sae.shards` puts shards together."""
         state = dict(self._stateful())
         for name, parameter in self.learned.items():
             for moment, value in self.optimiser.state[parameter].items():
                 state[f"adam.{name}.{moment}"] = value
         return state
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Takes over a `state()`, on this dictionary's device."""
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over its part of a whole dictionary's state, on this dictionary's device."""
         for name, target in self._stateful().items():
-            target.copy_(state[name])
+            target.copy_(self._part(state, name))
         for name, parameter in self.learned.items():
-            prefix = f"adam.{name}."
-            moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            self.optimiser.state[parameter] = {key: value.to(self.device, copy=True) for key, value in moments.items()}
+            keys = [key for key in state if key.startswith(f"adam.{name}.")]
+            self.optimiser.state[parameter] = {
+                key.removeprefix(f"adam.{name}."): self._part(state, key).to(self.device, copy=True) for key in keys
+            }
+
+    def _part(self, state: Mapping[str, Tensor], name: str) -> Tensor:
+        tensor = state[name]
+        return self.team.mine(tensor).contiguous() if has_latents(name, tensor) else tensor
 
     def _stateful(self) -> dict[str, Tensor]:
         activation = {f"activation.{name}": value for name, value in self.activation.state.items()}
@@ -142,24 +160,34 @@ class TrainingDictionary:
         tied = training.encoder_start == "tied" or (training.encoder_start is None and self.spec.autoencodes)
         encoders, decoders = {}, {}
         for n, group in enumerate(self.shape.groups):
-            decoder = _unit_rows(torch.randn(group.width, size(group.writes), generator=generator))
+            decoder = _unit_rows(self._random(group, size(group.writes), generator))
             own = decoder[:, : size(group.reads)]
-            free = own if tied else torch.randn(group.width, size(group.reads), generator=generator)
+            free = own if tied else self._random(group, size(group.reads), generator)
             encoders[f"w_enc.{n}"], decoders[f"w_dec.{n}"] = training.encoder_init_scale * _unit_rows(free), decoder
         biases = {"b_enc": torch.zeros(self.shape.width), "b_dec": torch.zeros(self.shape.d_out)}
         widths = zip(self.shape.read_widths, self.shape.write_widths, strict=True)
         skips = {f"w_skip.{n}": torch.zeros(*pair) for n, pair in enumerate(widths)}
         return encoders | decoders | biases | (skips if self.spec.options.affine else {})
 
-    def _start(self, x_BD: Tensor, y_BD: Tensor, now: schedule.Now) -> None:
+    def _random(self, group: Group, n_columns: int, generator: torch.Generator) -> Tensor:
+        """This shard's rows of a group's random matrix, which is drawn in parts: the whole may be too large for one
+        process. [F of the shard's group, columns]"""
+        width, parts = group.width * self.team.latents.count, []
+        for first in range(0, width, DRAWN_ROWS):
+            drawn = torch.randn(min(DRAWN_ROWS, width - first), n_columns, generator=generator)
+            parts.append(drawn[(self.team.latents.index - first) % self.team.latents.count :: self.team.latents.count])
+        return torch.cat(parts)
+
+    def _start(self, x_BD: Tensor, y_BD: Tensor, n_rows: int, now: schedule.Now) -> None:
         if self.taken_over:
             pre_BF = self._pre_activations(x_BD - self._centre())
-            self.l0_start.fill_((pre_BF > self.activation.threshold()).sum().item() / len(x_BD))
+            active = self.team.sum((pre_BF > self.activation.threshold()).sum())
+            self.l0_start.fill_(active.item() / n_rows)
             return
         if self.spec.training.centre == "data":
-            self.parameters["b_dec"].copy_(y_BD.mean(0))
-            self.centre_D.copy_(x_BD.mean(0))
-        self.parameters["b_enc"] += self.activation.start(self._pre_activations(x_BD - self._centre()), now)
+            self.parameters["b_dec"].copy_(self.team.rows.sum(y_BD.sum(0)) / n_rows)
+            self.centre_D.copy_(self.team.rows.sum(x_BD.sum(0)) / n_rows)
+        self.parameters["b_enc"] += self.activation.start(self._pre_activations(x_BD - self._centre()), n_rows, now)
 
     def _now(self, progress: float) -> schedule.Now:
         return schedule.now(self.spec, progress, int(self.steps_done) + 1, self.l0_start.item())

@@ -11,10 +11,26 @@ import torch.multiprocessing as mp
 
 from cluster.exchange import exchange
 from cluster.harvest import BLOCK, BLOCK_ROWS, ROW, encode_bf16
+from cluster.layout import Layout
 from cluster.stream import Order, WindowReader
+from sae.spec import DictionarySpec, Options, Training
 
 ORDER = Order(sequences=37, context=16, block_sequences=4, window_sequences=12, batch_rows=50, seed=5)
 WIDTHS = {"resid_post.1": 6, "attn_out.2": 10, "mlp_out.3": 6}
+SITES = [("resid_post", 1), ("attn_out", 2), ("mlp_out", 3)]
+
+
+def make_layout(teams: int, replicas: int, shards: int) -> Layout:
+    """The last site's dictionaries lie on every team, the others' on one."""
+    specs = [
+        DictionarySpec(
+            id=name, kind="sae", site=name, layers=(layer,), activation="topk", width=8, l0=2, seed=0, folder=name,
+            options=Options(), training=Training(),
+        )
+        for name, layer in SITES
+    ]  # fmt: skip
+    held = [[spec for n, spec in enumerate(specs) if n == len(specs) - 1 or n % teams == team] for team in range(teams)]
+    return Layout(held, WIDTHS, 4, replicas, shards)
 
 
 def block_rows(block: int) -> dict[str, np.ndarray]:
@@ -43,39 +59,44 @@ def deal(rank: int, world: int, seed: int, first_window: int) -> list[dict[str, 
     return mine
 
 
-def run_rank(rank: int, world: int, seed: int, first_window: int, rendezvous: str, results) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    keys = list(WIDTHS)
-    # The last key's dictionaries lie on every rank, the others' on one.
-    keys_by_rank = [[key for i, key in enumerate(keys) if key == keys[-1] or i % world == r] for r in range(world)]
-    reader = WindowReader(ORDER, iter(deal(rank, world, seed, first_window)), keys)
+def run_rank(rank: int, layout: Layout, seed: int, first_window: int, rendezvous: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=layout.n_ranks)
+    reader = WindowReader(ORDER, iter(deal(rank, layout.n_ranks, seed, first_window)), list(WIDTHS))
+    place = layout.place(rank)
     for window in reader.windows(first_window):
-        ids, rows = exchange(window, keys_by_rank, WIDTHS, torch.device("cpu"))
-        for number, chosen in enumerate(ORDER.batches(window.number, len(ids))):
-            for key in keys_by_rank[rank]:
-                batch = rows[key][chosen]
-                digest = hashlib.sha256(batch.view(torch.int16).numpy().tobytes()).hexdigest()
-                results.append((key, window.number, number, digest, ids[chosen].tolist()))
+        share = exchange(window, layout, ORDER, torch.device("cpu"))
+        for number, chosen in enumerate(ORDER.batches(window.number, len(share.ids))):
+            batch = share.batch(chosen)
+            assert batch.keys() == set(layout.keys(place.team))
+            for key, rows in batch.items():
+                bits = rows.view(torch.int16).tolist()
+                results.append((key, window.number, number, place.replica, bits, share.ids[chosen].tolist()))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def batches(
-    world: int, seed: int, tmp_path, first_window: int = 0
-) -> dict[tuple[str, int, int], tuple[str, list[int]]]:
+def batches(layout: Layout, seed: int, tmp_path, first_window: int = 0) -> dict[tuple, tuple[str, list[int]]]:
+    """Digest and ids of each batch of each site, its replicas' rows put together."""
     with mp.Manager() as manager:
         results = manager.list()
-        rendezvous = str(tmp_path / f"rendezvous-{world}-{seed}-{first_window}")
-        mp.spawn(run_rank, (world, seed, first_window, rendezvous, results), nprocs=world)
-        found: dict[tuple[str, int, int], tuple[str, list[int]]] = {}
-        for key, window, number, digest, ids in results:
-            assert found.setdefault((key, window, number), (digest, ids)) == (digest, ids)  # equal at every rank
-        return found
+        rendezvous = str(tmp_path / f"rendezvous-{layout.n_ranks}-{seed}-{first_window}")
+        mp.spawn(run_rank, (layout, seed, first_window, rendezvous, results), nprocs=layout.n_ranks)
+        parts: dict[tuple, dict[int, tuple]] = {}
+        for key, window, number, replica, bits, ids in results:
+            part = parts.setdefault((key, window, number), {})
+            assert part.setdefault(replica, (bits, ids)) == (bits, ids)  # equal at every shard and team
+    found = {}
+    for place, part in parts.items():
+        assert sorted(part) == list(range(layout.replicas))
+        rows = np.concatenate([np.array(part[replica][0], np.int16) for replica in sorted(part)])
+        found[place] = hashlib.sha256(rows.tobytes()).hexdigest(), part[0][1]
+    return found
 
 
-def test_batches__are_the_same_for_any_number_of_ranks_and_any_arrival(tmp_path) -> None:
-    one = batches(1, 0, tmp_path)
-    assert one == batches(2, 1, tmp_path) == batches(3, 2, tmp_path)
+def test_batches__are_the_same_for_any_layout_and_any_arrival(tmp_path) -> None:
+    one = batches(make_layout(1, 1, 1), 0, tmp_path)
+    for seed, mesh in enumerate([(3, 1, 1), (2, 2, 1), (1, 2, 2)], start=1):
+        assert batches(make_layout(*mesh), seed, tmp_path) == one, mesh
     wanted = {row for row in range(ORDER.sequences * ORDER.context) if row % 13}
     for key in WIDTHS:
         ids = [row for (k, _, _), (_, rows) in one.items() if k == key for row in rows]
@@ -86,8 +107,10 @@ def test_batches__are_the_same_for_any_number_of_ranks_and_any_arrival(tmp_path)
 
 
 def test_batches__of_a_resumed_run_are_the_undisturbed_ones(tmp_path) -> None:
-    whole = batches(1, 0, tmp_path)
-    assert batches(1, 0, tmp_path, first_window=2) == {place: batch for place, batch in whole.items() if place[1] >= 2}
+    whole = batches(make_layout(1, 1, 1), 0, tmp_path)
+    assert batches(make_layout(1, 1, 1), 0, tmp_path, first_window=2) == {
+        place: batch for place, batch in whole.items() if place[1] >= 2
+    }
 
 
 def test_batches__are_shuffled_within_their_window_and_differ_between_windows_and_seeds() -> None:

@@ -108,7 +108,12 @@ def _jumprelu(dictionary, p, z, now):
         "quadratic": lambda: strength * (2 / now.l0) * (l0 - now.l0) ** 2,
         "tanh": lambda: strength * torch.tanh(settings.tanh_scale * latents).sum() / len(z),
     }[settings.penalty]()
-    excess = torch.relu(frequencies - settings.frequency_limit)
+    # The frequency falls as exp(−θ/m), with m the mean of z − θ over a latent's active rows.
+    active = (z > p["threshold"]).to(z.dtype)
+    margins = (z.detach() - p["threshold"]) * active
+    mean = (margins.sum(0) / active.sum(0).clamp_min(1)).detach().clamp_min(1e-30)
+    surrogate = (active + (margins - margins.detach()) / mean).mean(0)
+    excess = torch.relu(surrogate - settings.frequency_limit)
     frequency = settings.frequency_coefficient * now.sparsity * (excess.square() / settings.frequency_limit).sum()
     return latents, penalty + frequency
 

@@ -113,6 +113,6 @@ def test_estimators__published_formulas_by_hand(z: float, jump: float, gate: flo
     now = schedule.now(activation.spec, progress=1.0, step=1)
     pre = torch.zeros(1, 7, dtype=torch.float64)
     pre[0, 0] = z
-    active = activation.select(pre, now)
+    active = activation.select(pre, 1, now)
     activation.backward(active, torch.ones(len(active.pre_P), dtype=torch.float64), n_rows=1, now=now)
     assert activation.gradients["threshold"][0].item() == pytest.approx(jump + gate)
