@@ -12,7 +12,7 @@ GEMMA_SCOPE_2 = Training(
     l0_decay_steps=50_000,
     encoder_init_scale=1,
     centre="zero",
-    jumprelu=JumpReLUSettings(bandwidth=0.001, threshold_start=0.001, coefficient=0.1, frequency_coefficient=0.2),
+    jumprelu=JumpReLUSettings(bandwidth=0.001, threshold_start=0.001, coefficient=0.1, frequency_coefficient=0.1),
 )
 """Gemma Scope 2's published recipe (technical paper 2.2 and Gemma Scope 1, 3.2), for millions of steps: estimators,
 starts, Adam, warm-ups, unit-norm decoder. λ and the frequency penalty's coefficient are not public: *measured here*, on
@@ -21,7 +21,7 @@ runs of some hundred steps. Its Matryoshka loss is an option of the dictionary."
 GEMMA_SCOPE_2_SHORT = Training(
     learning_rate=2e-3,
     warmup_shape="cosine",
-    jumprelu=JumpReLUSettings(bandwidth=0.03, coefficient=0.1, frequency_coefficient=0.2),
+    jumprelu=JumpReLUSettings(bandwidth=0.03, coefficient=0.1, frequency_coefficient=0.1),
 )
 """The same losses for runs of some hundred steps: rates, momentum, starts, warm-ups and bandwidth *measured here* in
 place of the published ones, with which such a run is over before anything is sparse (FVU 0.78 in place of 0.32, 147

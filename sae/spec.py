@@ -41,7 +41,7 @@ class JumpReLUSettings(Strict):
     frequency_coefficient: float = Field(0.0, ge=0)
     """μ of the secondary penalty μ·Σ max(0, p − p₀)²/p₀ on the batch frequency p of each latent (Gemma Scope 2 has such
     a penalty; its form and estimator are *assumed*)."""
-    frequency_limit: float = Field(0.05, gt=0, lt=1)
+    frequency_limit: float = Field(0.04, gt=0, lt=1)
     """p₀ (*measured here*: the most frequent latent comes to lie somewhat above it, and below 10 %, which is what is
     *published*)."""
 

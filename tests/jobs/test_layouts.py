@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from cluster import recipe as recipes
 from sae import artifact
@@ -47,10 +46,9 @@ def test_meshes__a_run_that_goes_from_one_to_the_next_ends_with_the_flat_loops_w
             assert "resuming at step" in job.text
     expected = flat_loop.fit(recipes.parse(sweep), np.load(job.output / "tokens" / "train.npy"))
     summary = json.loads((job.output / "summary.json").read_text())
+    differences = []
     for row in summary["dictionaries"]:
         found = artifact.read(Path(row["path"]))[0]
         for mine, theirs in zip(tensors(found), tensors(expected[row["id"]]), strict=True):
-            difference = (mine - theirs).norm() / theirs.norm().clamp_min(1e-6)
-            print(row["id"], tuple(mine.shape), f"{difference:.1e}")
-            assert difference < 1e-3
-            assert not torch.equal(mine, theirs) or mine.numel() < 1000  # the sums were really made elsewhere
+            differences.append(float((mine - theirs).norm() / theirs.norm().clamp_min(1e-6)))
+    assert 0 < max(differences) < 1e-5  # 2e-7 as measured; 0 if the meshes had not been used
