@@ -23,7 +23,8 @@ def sweep(tiny_recipe: dict) -> dict:
     revived = {"dead_after_rows": 2000, "auxk": {}}
     grids = [
         {"layers": [0], "activations": ["batch_topk", "gated"], "options": revived},
-        {"kind": "clt", "layers": [0, 1, 3], "widths": [96], "activations": ["jumprelu"], "options": {"matryoshka": {}}},
+        {"kind": "clt", "layers": [0, 1, 3], "widths": [96], "activations": ["jumprelu"],
+         "options": {"matryoshka": {}}},
     ]  # fmt: skip
     return tiny_recipe | {"sweep": [common | grid for grid in grids]}
 
