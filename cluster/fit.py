@@ -87,7 +87,7 @@ def run(job: Job, reporter: FitReporter, attempt: str) -> None:
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if fit.gpu else "gloo"),
         datasets={STREAM: job.stream},
         dataset_config=EveryRow(job.recipe.harvest.label_selector),
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # Ray's annotation is the first version's, without labels
             num_workers=fit.workers,
             use_gpu=fit.gpu,
             resources_per_worker={"CPU": fit.cpus_per_worker} | ({"GPU": 1} if fit.gpu else {}),
