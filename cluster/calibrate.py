@@ -60,7 +60,8 @@ def _calibrate(recipe: Recipe, sites: list[Site], tokens: np.ndarray) -> dict[st
 def calibrate(recipe: Recipe, sites: list[Site], tokens: np.ndarray, path: Path) -> dict[str, SiteScale]:
     """The scales by site key, computed on the cluster once and kept in `path`."""
     if not path.exists():
-        remote = _calibrate.options(num_cpus=recipe.harvest.cpus, num_gpus=recipe.harvest.gpus)
+        harvest = recipe.harvest
+        remote = _calibrate.options(num_cpus=harvest.cpus, num_gpus=harvest.gpus, label_selector=harvest.label_selector)
         sample = np.ascontiguousarray(tokens[: recipe.harvest.calibration_sequences])
         scales = ray.get(remote.remote(recipe, sites, sample))
         replace_text(path, json.dumps({key: scale._asdict() for key, scale in scales.items()}, indent=2) + "\n")

@@ -25,7 +25,8 @@ def finetune(
     recipe: Recipe, settings: EndToEnd, staged: dict[str, Path], scales: dict[str, SiteScale], tokens_path: Path
 ) -> None:
     """Puts the finetuned weights of every dictionary in the place of the staged ones, one Ray task each."""
-    task = _finetune.options(num_cpus=recipe.harvest.cpus, num_gpus=recipe.harvest.gpus)
+    harvest = recipe.harvest
+    task = _finetune.options(num_cpus=harvest.cpus, num_gpus=harvest.gpus, label_selector=harvest.label_selector)
     waiting = {
         task.remote(recipe, settings, spec, staged[spec.id], scales, tokens_path): spec for spec in recipe.specs()
     }

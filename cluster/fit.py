@@ -54,6 +54,10 @@ class Job(NamedTuple):
 class EveryRow(DataConfig):
     """Ray Train's own split drops rows so that all ranks get equally many; windows need no such equality."""
 
+    def __init__(self, harvest_nodes: dict[str, str]):
+        super().__init__()
+        self.harvest_nodes = harvest_nodes
+
     def configure(
         self,
         datasets: dict[str, ray.data.Dataset],
@@ -66,6 +70,7 @@ class EveryRow(DataConfig):
         for name, dataset in datasets.items():
             dataset = dataset.copy(dataset)
             dataset.context.execution_options.preserve_order = True
+            dataset.context.execution_options.label_selector = self.harvest_nodes or None
             dataset.context.execution_no_progress_timeout_s = -1  # a slow fit is no fault of the stream's
             for rank, split in enumerate(
                 dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
@@ -82,11 +87,12 @@ def run(job: Job, reporter: FitReporter, attempt: str) -> None:
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if fit.gpu else "gloo"),
         datasets={STREAM: job.stream},
-        dataset_config=EveryRow(),
-        scaling_config=ScalingConfig(
+        dataset_config=EveryRow(job.recipe.harvest.label_selector),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # Ray's annotation is the first version's, without labels
             num_workers=fit.workers,
             use_gpu=fit.gpu,
             resources_per_worker={"CPU": fit.cpus_per_worker} | ({"GPU": 1} if fit.gpu else {}),
+            label_selector=fit.label_selector or None,
         ),
         run_config=RunConfig(
             name=attempt,

@@ -15,6 +15,11 @@ from cluster.grid import Cell, Context, FromPreset, Grid, Name, expand, nearest
 from cluster.packages import PREFIX, PUBLISHED_NAMES
 from sae.spec import DictionarySpec, Strict, Training
 
+LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?"  # Kubernetes' syntax of a label's value, and of the name in its key
+LabelKey = Annotated[str, Field(pattern=rf"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?{LABEL}$")]
+LabelSelector = dict[LabelKey, Annotated[str, Field(pattern=rf"^{LABEL}$")]]
+"""Labels that a Ray node must have, such as {ray-subcluster: harvest}; without any, every node will do."""
+
 
 class Model(Strict):
     """The Gemma 3 whose activations are read."""
@@ -52,6 +57,8 @@ class Harvest(Strict):
     """Cores of one actor."""
     gpus: int = Field(0, ge=0, le=1)
     """GPUs of one actor."""
+    label_selector: LabelSelector = Field({})
+    """Of the nodes that run the model: all but the fit's ranks."""
     sequences: PositiveInt = 8
     """Sequences of one forward pass. It changes bits (matrix products of other shapes round otherwise)."""
     calibration_sequences: PositiveInt = 16
@@ -82,6 +89,8 @@ class Fit(Strict):
     """Workers over which the rows of each dictionary's batches are cut; by default as few as the others allow."""
     memory_gib: float | None = Field(None, gt=0)
     """Of a worker (its device's, with gpu): dictionaries are cut until each worker's plan fits. By default no limit."""
+    label_selector: LabelSelector = Field({})
+    """Of the nodes that run the ranks."""
     report_every_steps: PositiveInt = 4
     checkpoint_every_steps: PositiveInt = 50
     max_failures: int = Field(5, ge=0)
@@ -182,9 +191,9 @@ def below_home(path: str) -> Path:
 
 
 def load(path: str) -> Recipe:
-    """The recipe in a YAML file; UserError names the first wrong key or value and what would be right."""
+    """The recipe in a YAML file, local or s3://; UserError names the first wrong key or value and its remedy."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(_text(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             "recipe", f"cannot read {path} ({error}): name a YAML file such as jobs/recipes/demo.yaml"
@@ -194,6 +203,14 @@ def load(path: str) -> Recipe:
     if not isinstance(content, dict):
         raise UserError("recipe", f"{path} is not a mapping of keys: start from jobs/recipes/demo.yaml")
     return parse(content)
+
+
+def _text(path: str) -> str:
+    if not path.startswith("s3://"):
+        return Path(path).read_text()
+    from cluster import sources  # which needs the models of this file
+
+    return sources.read_text(path, "recipe")
 
 
 def parse(content: dict[str, typing.Any]) -> Recipe:

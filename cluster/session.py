@@ -36,12 +36,17 @@ def set_environment() -> None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
-def check_memory(recipe: Recipe, planned: Memory) -> None:
-    """UserError if the sweep does not fit into this machine; a cluster's own scheduler and limits guard the others."""
+def check_machine(recipe: Recipe, planned: Memory) -> None:
+    """UserError if the sweep cannot run on this machine alone; a cluster has its own scheduler and limits."""
     import psutil
 
     if cluster_address():
         return
+    for stage in ("harvest", "fit"):
+        if labels := getattr(recipe, stage).label_selector:
+            raise UserError(
+                f"{stage}.label_selector", f"this machine has no labels {labels}: drop them, or submit it to a cluster"
+            )
     needed, available = planned.total(recipe) + OBJECT_STORE_BYTES, psutil.virtual_memory().available
     if needed > available:
         raise UserError(
@@ -71,9 +76,10 @@ def session(recipe: Recipe, log: Path) -> Iterator[None]:
             raise UserError(
                 "RAY_ADDRESS", f"{where} could not be reached ({str(error).splitlines()[0]:.160})"
             ) from error
-        _note_what_is_missing(recipe, ray.cluster_resources())
+        _note_what_is_missing(recipe, ray.cluster_resources(), ray.nodes())
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
+        context.execution_options.label_selector = recipe.harvest.label_selector or None
         context.enable_progress_bars = False
         try:
             yield
@@ -81,7 +87,7 @@ def session(recipe: Recipe, log: Path) -> Iterator[None]:
             ray.shutdown()
 
 
-def _note_what_is_missing(recipe: Recipe, there: dict[str, float]) -> None:
+def _note_what_is_missing(recipe: Recipe, there: dict[str, float], nodes: list[dict[str, Any]]) -> None:
     """A cluster may still grow, so a sweep that does not fit waits; the person is told for what."""
     fit, harvest = recipe.fit, recipe.harvest
     wanted = {
@@ -91,6 +97,9 @@ def _note_what_is_missing(recipe: Recipe, there: dict[str, float]) -> None:
     for kind, count in wanted.items():
         if count > there.get(kind, 0):
             say(f"note     the cluster has {there.get(kind, 0):g} {kind}s, the fit wants {count:g}: it waits for more")
+    for stage, labels in {"harvest": harvest.label_selector, "fit": fit.label_selector}.items():
+        if not any(labels.items() <= node["Labels"].items() for node in nodes if node["Alive"]):
+            say(f"note     no node has the labels {labels} of {stage}.label_selector: it waits for one")
 
 
 def _local_resources(recipe: Recipe) -> dict[str, Any]:

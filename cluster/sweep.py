@@ -82,7 +82,7 @@ def plan(recipe: Recipe) -> int:
     layout, planned = _lay_out(recipe)
     _show(recipe, layout, planned)
     try:
-        session.check_memory(recipe, planned)
+        session.check_machine(recipe, planned)
     except UserError as error:
         say(f"note     here it would not start: {error}")
     return 0
@@ -91,7 +91,7 @@ def plan(recipe: Recipe) -> int:
 def _plan(recipe: Recipe) -> Layout:
     """Checks everything that can be known before anything is started, and prints the plan."""
     layout, planned = _lay_out(recipe)
-    session.check_memory(recipe, planned)
+    session.check_machine(recipe, planned)
     sources.find(recipe.corpus)
     start.check(recipe, layout)
     _show(recipe, layout, planned)

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a submitted w
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", help="YAML file; jobs/recipes/ holds some")
+    parser.add_argument("recipe", help="YAML file, local or s3://; jobs/recipes/ holds some")
     parser.add_argument("--fresh", action="store_true", help="throw away what the run folder holds and start anew")
     parser.add_argument("--plan", action="store_true", help="print who would hold what and the memory, start nothing")
     arguments = parser.parse_args()

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from cluster import corpus, recipe, sources
 from cluster.corpus import Packer
@@ -166,6 +167,22 @@ def test_build__jsonl_from_s3_by_glob(s3, ray_session, tiny_recipe, documents, e
     found = built(tiny_recipe, ["s3://texts/en/part-*.jsonl"], tmp_path / "tokens")
     for side in corpus.SIDES:
         assert np.array_equal(found[side], expected[side]), side
+
+
+def test_load__reads_a_recipe_on_s3(s3, tiny_recipe) -> None:
+    s3.put_object(Bucket="texts", Key="recipes/mine.yaml", Body=yaml.safe_dump(tiny_recipe).encode())
+    assert recipe.load("s3://texts/recipes/mine.yaml") == recipe.parse(tiny_recipe)
+
+
+@pytest.mark.parametrize(
+    ("key", "body", "part"), [("gone.yaml", None, "cannot be read"), ("image.yaml", b"\xff\xd8", "cannot be read")]
+)
+def test_load__tells_of_a_recipe_on_s3_that_cannot_be_read(s3, key: str, body: bytes | None, part: str) -> None:
+    if body:
+        s3.put_object(Bucket="texts", Key=key, Body=body)
+    with pytest.raises(UserError, match=part) as error:
+        recipe.load(f"s3://texts/{key}")
+    assert error.value.field == "recipe"
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,10 @@ CASES = {
     "more workers than dictionaries": ("fit.workers", 7, ["fit.workers", "at most one each"]),
     "a window of broken forward passes": ("stream.window_sequences", 12, ["stream.window_seq", "harvest.sequences"]),
     "more memory than there is": ("sweep.0.widths", [400_000_000], ["sweep", "GiB", "lower widths"]),
+    "labels on one machine": (
+        "harvest.label_selector", {"ray-subcluster": "harvest"}, ["harvest.label_selector", "submit it to a cluster"],
+    ),
+    "what is no label": ("fit.label_selector", {"ray-subcluster": "!fit"}, ["fit.label_selector", "!fit"]),
     "a folder that cannot be written": ("output", "/proc/nowhere/run", ["output", "/proc/nowhere", "name a folder"]),
 }  # fmt: skip
 

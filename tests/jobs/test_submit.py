@@ -1,64 +1,33 @@
 """The README's submission: `ray job submit` to a running cluster with token authentication."""
 
 import json
-import os
-import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
-from tests.conftest import free_port
 from tests.jobs.conftest import ROOT
+from tests.raylets import RAY, Raylets
 from tests.test_readme import submit_command
 
 pytestmark = pytest.mark.slow
-RAY = str(Path(sys.executable).with_name("ray"))
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A head of four CPUs with token authentication, in a process group of its own; (address, environment)."""
-    token = "c0ffee" * 8
-    environment = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": token,
-        "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}",
-    }
-    environment.pop("RAY_ADDRESS", None)
-    environment["SCOPEWORKS_HOME"] = str(tmp_path_factory.mktemp("home"))
-    dashboard, gcs, client = free_port(), free_port(), free_port()
-    folder = tmp_path_factory.mktemp("head")
-    ray_files = f"/tmp/ray-{os.getpid()}"  # short: sockets lie below it
-    command = [
-        RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}", f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={client}", f"--temp-dir={ray_files}", "--object-store-memory=500000000",
-        "--dashboard-host=127.0.0.1",
-    ]  # fmt: skip
-    with (folder / "log").open("w") as log:
-        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    address = f"http://127.0.0.1:{dashboard}"
-    for _ in range(120):
-        listed = subprocess.run([RAY, "job", "list", "--address", address], env=environment, capture_output=True)
-        if listed.returncode == 0:
-            break
-        time.sleep(1)
-    else:
-        pytest.fail((folder / "log").read_text())
-    yield address, environment
-    for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
-        process.kill()
-    head.wait()
-    shutil.rmtree(ray_files, ignore_errors=True)
+    """A head of four CPUs with token authentication; (address, environment)."""
+    raylets = Raylets(tmp_path_factory.mktemp("head"), SCOPEWORKS_HOME=str(tmp_path_factory.mktemp("home")))
+    try:
+        raylets.start_head(cpus=4)
+        yield raylets.address, raylets.environment
+    finally:
+        raylets.close()
 
 
 def submit(cluster, recipe_path: str, **environment: str) -> subprocess.CompletedProcess:
     address, base = cluster
-    command = [RAY, *submit_command(address, recipe_path)[1:]]
+    command = [str(RAY), *submit_command(address, recipe_path)[1:]]
     return subprocess.run(command, cwd=ROOT, env=base | environment, capture_output=True, text=True, timeout=300)
 
 
