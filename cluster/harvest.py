@@ -17,6 +17,7 @@ from torch import Tensor
 from cluster import gemma
 from cluster.calibrate import SiteScale, kept
 from cluster.recipe import Recipe
+from cluster.tokens import Sequences, Span
 from sae.sites import Site
 
 Rows = dict[str, np.ndarray]
@@ -24,12 +25,12 @@ ROW, BLOCK, BLOCK_ROWS = "row", "block", "block_rows"
 
 
 def harvest_block(
-    model: torch.nn.Module, tokens: Tensor, sites: list[Site], limits: dict[str, float], bos: int
+    model: torch.nn.Module, span: Span, sites: list[Site], limits: dict[str, float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Kept positions [n] of a block, as indices into its tokens [sequences, T], and the rows there, each [n, D]."""
-    captured = gemma.capture(model, tokens, sites)
+    captured = gemma.capture(model, span.ids, sites)
     norms = {site.key: tensor.float().norm(dim=-1) for site, tensor in captured.items()}
-    positions = kept(tokens, norms, limits, bos).flatten().nonzero()[:, 0]
+    positions = kept(span.eligible, norms, limits).flatten().nonzero()[:, 0]
     return positions, {site.key: tensor.flatten(0, 1)[positions] for site, tensor in captured.items()}
 
 
@@ -40,17 +41,15 @@ class Harvester:
         torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
         self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
         self.model = gemma.load(recipe.model, self.device)
-        self.bos = gemma.text_config(recipe.model).bos_token_id
-        self.tokens = np.load(tokens_path, mmap_mode="r", allow_pickle=False)
+        self.tokens = Sequences(recipe, tokens_path, self.device)
         self.sequences, self.context, self.sites = recipe.harvest.sequences, recipe.corpus.context, sites
         self.limits = {key: recipe.harvest.outlier_norm * scale.median_norm for key, scale in scales.items()}
 
     def __call__(self, batch: Rows) -> Rows:
         block = int(batch[BLOCK][0])
         first = block * self.sequences
-        ids = np.array(self.tokens[first : first + self.sequences])
-        tokens = torch.from_numpy(ids).long().to(self.device)
-        positions, rows = harvest_block(self.model, tokens, self.sites, self.limits, self.bos)
+        span = self.tokens.read(first, self.sequences)
+        positions, rows = harvest_block(self.model, span, self.sites, self.limits)
         n = len(positions)
         columns = {key: encode_bf16(tensor) for key, tensor in rows.items()}
         return columns | {

@@ -15,6 +15,10 @@ from cluster.grid import Cell, Context, FromPreset, Grid, Name, expand, nearest
 from cluster.packages import PREFIX, PUBLISHED_NAMES
 from sae.spec import DictionarySpec, Strict, Training
 
+STATIC_TOKENS = 4
+"""Of a chat: `<bos><start_of_turn>user\\n`, the same in every sequence and not trained on (*published*: Gemma Scope 2's
+dictionaries of the instruction-tuned models)."""
+
 
 class Model(Strict):
     """The Gemma 3 whose activations are read."""
@@ -32,16 +36,38 @@ class Model(Strict):
         return known or (Path(self.name).name if Path(self.name).is_dir() else self.name)
 
 
+class Rollouts(Strict):
+    """How the model answers a chat corpus' prompts. The defaults of sampling are Gemma 3's own (*published*)."""
+
+    max_new_tokens: PositiveInt
+    """Of an answer; prompts that leave less than this of `context` are passed over."""
+    temperature: float = Field(1.0, ge=0)
+    """0 takes the likeliest token each time."""
+    top_k: int = Field(64, ge=0)
+    """Tokens to sample from; 0 is all."""
+    top_p: float = Field(0.95, gt=0, le=1)
+
+
 class Corpus(Strict):
     """The text."""
 
+    kind: Literal["text", "chat"] = "text"
+    """Documents, or conversations rendered with the model's chat template (cluster/chat.py)."""
     paths: list[str] = Field(min_length=1)
-    """Files or globs of one format (.jsonl, .txt, .parquet), local or s3://, or `package:` and a name."""
+    """Files or globs of one format (.jsonl, .txt, .parquet; a chat is not .txt), local or s3://, or `package:` and a
+    name."""
     text_column: str = "text"
+    messages_column: str = "messages"
+    """Of a chat: a list of {role, content} with roles system, user and assistant; or a string, one user's turn."""
     context: int = Field(1024, ge=2)
-    """Tokens of a sequence, its leading BOS included."""
+    """Tokens of a sequence, its leading BOS and a chat's padding included."""
     train_tokens: PositiveInt
     heldout_tokens: PositiveInt
+    roles: list[Literal["user", "assistant"]] = Field(["user", "assistant"], min_length=1)
+    """Of a chat: the roles on whose tokens dictionaries are trained and evaluated; the template puts a system text into
+    the user's turn."""
+    rollouts: Rollouts | None = None
+    """Of a chat: the model's own answer follows the last user's turn, in place of one that is there."""
 
 
 class Harvest(Strict):
@@ -206,6 +232,7 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
             f"{recipe.stream.window_sequences} is no multiple of harvest.sequences "
             f"({recipe.harvest.sequences}): a window holds whole forward passes",
         )
+    _check_chat(recipe.corpus)
     if (tuned := recipe.end_to_end) and not recipe.corpus.context <= tuned.tokens <= recipe.corpus.train_tokens:
         raise UserError(
             "end_to_end.tokens",
@@ -220,6 +247,21 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
                 "publication.saelens", f"SAELens has no TopK transcoder such as {spec.id}: drop one of them"
             )
     return recipe
+
+
+def _check_chat(corpus: Corpus) -> None:
+    if corpus.kind == "text":
+        for field in ("messages_column", "roles", "rollouts"):
+            if getattr(corpus, field) != Corpus.model_fields[field].default:
+                raise UserError(f"corpus.{field}", "belongs to conversations: add kind: chat, or drop it")
+    elif corpus.context <= STATIC_TOKENS:
+        raise UserError("corpus.context", f"the first {STATIC_TOKENS} tokens of a chat are not trained on: raise it")
+    elif corpus.rollouts and corpus.rollouts.max_new_tokens >= corpus.context - STATIC_TOKENS:
+        raise UserError(
+            "corpus.rollouts.max_new_tokens",
+            f"{corpus.rollouts.max_new_tokens} leaves no room for a prompt in corpus.context ({corpus.context}): "
+            "lower it or raise context",
+        )
 
 
 def _explain(error: ValidationError) -> UserError:

@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cluster import (
     checkpoint,
     corpus,
@@ -24,7 +22,6 @@ from cluster import (
     publish,
     report,
     session,
-    sources,
     start,
     tracking,
 )
@@ -92,7 +89,7 @@ def _plan(recipe: Recipe) -> Layout:
     """Checks everything that can be known before anything is started, and prints the plan."""
     layout, planned = _lay_out(recipe)
     session.check_memory(recipe, planned)
-    sources.find(recipe.corpus)
+    corpus.check(recipe)
     start.check(recipe, layout)
     _show(recipe, layout, planned)
     location = gemma.locate(recipe.model)
@@ -157,8 +154,8 @@ class Sweep:
         with self._stage("corpus"):
             corpus.build(self.recipe, self.folder.tokens)
         with self._stage("calibrate"):
-            tokens = np.load(self.folder.tokens / "train.npy", mmap_mode="r")
-            scales = calibrate(self.recipe, self.layout.sites, tokens, self.folder.calibration)
+            tokens_path = self.folder.tokens / "train.npy"
+            scales = calibrate(self.recipe, self.layout.sites, tokens_path, self.folder.calibration)
         with self._stage("tracking"):
             runs = tracking.Runs(self.recipe, self.folder)
             runs.open(self.recipe, self.layout, self.folder.runs)
