@@ -1,9 +1,9 @@
 """Conversations → token sequences with a role for every token, by the model's own chat template.
 
 A sequence is one conversation from its start, cut at `context` or padded on its right, so that every position is the
-one that it has when the model is used. A token has the role of the turn in which it begins, the template's marks
-included. A conversation is held out by its first user's turn (the rule of cluster/corpus.py), so that branches of one
-conversation never lie on both sides.
+one that it has when the model is used; a conversation without a token to train on is passed over. A token has the role
+of the turn in which it begins, the template's marks included. A conversation is held out by its first user's turn (the
+rule of cluster/corpus.py), so that branches of one conversation never lie on both sides.
 """
 
 import itertools
@@ -16,8 +16,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cluster import gemma
 from cluster.errors import UserError
-from cluster.recipe import Corpus, Model
-from cluster.tokens import ASSISTANT, PADDING, USER, is_heldout
+from cluster.recipe import STATIC_TOKENS, Corpus, Model
+from cluster.tokens import ASSISTANT, PADDING, ROLES, USER, is_heldout
 
 
 class Message(BaseModel):
@@ -118,13 +118,15 @@ class Padder:
 
     def __init__(self, padding: int, corpus: Corpus, sequences: int):
         self.padding, self.context, self.wanted = padding, corpus.context, sequences
+        self.trained = [ROLES[role] for role in corpus.roles]
         self.longest = corpus.context - corpus.rollouts.max_new_tokens if corpus.rollouts else None
         self.sequences: list[np.ndarray] = []
         self.roles: list[np.ndarray] = []
 
     def add(self, conversations: list[np.ndarray], roles_of_each: list[np.ndarray]) -> None:
         for ids, roles in zip(conversations, roles_of_each, strict=True):
-            if not self.full and (self.longest is None or len(ids) <= self.longest):
+            too_long = self.longest is not None and len(ids) > self.longest
+            if not self.full and not too_long and np.isin(roles[STATIC_TOKENS : self.context], self.trained).any():
                 self.sequences.append(self._fitted(ids, self.padding))
                 self.roles.append(self._fitted(roles, PADDING))
 

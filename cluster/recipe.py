@@ -84,6 +84,9 @@ class Harvest(Strict):
     """The first training sequences, from which each site's scale and median norm are taken."""
     outlier_norm: float = Field(10, gt=1)
     """Rows whose norm exceeds this multiple of the calibration median, at any site, are dropped."""
+    cache: str | None = None
+    """A folder that all nodes see: rows are kept there, and read by later epochs and sweeps of the same model, text and
+    `sequences` at these or fewer sites, in place of running the model. About 2·D bytes a row and site."""
 
 
 class Stream(Strict):
@@ -91,6 +94,8 @@ class Stream(Strict):
 
     window_sequences: PositiveInt = 64
     """Rows are shuffled within windows of this many sequences."""
+    epochs: PositiveInt = 1
+    """Passes over the text; each shuffles the windows' rows anew, and a row comes once in each."""
     batch_rows: PositiveInt = 1024
     """A window is cut into batches of nearly this size, none of its rows left over."""
 
@@ -232,6 +237,8 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
             f"{recipe.stream.window_sequences} is no multiple of harvest.sequences "
             f"({recipe.harvest.sequences}): a window holds whole forward passes",
         )
+    if (recipe.harvest.cache or "").startswith("s3://"):
+        raise UserError("harvest.cache", f"{recipe.harvest.cache} is no folder: name one that all nodes see")
     _check_chat(recipe.corpus)
     if (tuned := recipe.end_to_end) and not recipe.corpus.context <= tuned.tokens <= recipe.corpus.train_tokens:
         raise UserError(

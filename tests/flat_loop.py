@@ -37,7 +37,9 @@ def fit(recipe: Recipe, tokens: np.ndarray) -> dict[str, Dictionary]:
         widths = {site.key: outputs[site].shape[-1] for site in sites}
         bank = [TrainingDictionary(spec, widths, torch.device("cpu")) for spec in specs]
         size = recipe.stream.window_sequences
-        for window, sequences in enumerate(everything.split(size)):
+        parts = everything.split(size)
+        epochs = recipe.stream.epochs
+        for window, sequences in enumerate(parts * epochs):
             rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
             for block in sequences.split(recipe.harvest.sequences):
                 model.model(block)
@@ -51,7 +53,10 @@ def fit(recipe: Recipe, tokens: np.ndarray) -> dict[str, Dictionary]:
             order = torch.randperm(n, generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + window))
             batches = order.tensor_split(max(1, round(n / recipe.stream.batch_rows)))
             for number, chosen in enumerate(batches):
-                done = (window * size + len(sequences) * (number + 1) / len(batches)) / len(everything)
+                epoch, place = divmod(window, len(parts))
+                done = (epoch * len(everything) + place * size + len(sequences) * (number + 1) / len(batches)) / (
+                    epochs * len(everything)
+                )
                 scaled = {site: window_rows[site][chosen].float() / scales[site] for site in sites}
                 for dictionary in bank:
                     x_BD = torch.cat([scaled[site] for site in dictionary.spec.reads], dim=1)
