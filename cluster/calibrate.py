@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import ray
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from cluster import gemma
 from cluster.recipe import Recipe
 from cluster.store import replace_text
+from cluster.tokens import Sequences
 from sae.sites import Site
 
 
@@ -25,22 +25,22 @@ class SiteScale(NamedTuple):
     """Kept rows of the sample."""
 
 
-def kept(tokens: Tensor, norms: dict[str, Tensor], limits: dict[str, float], bos: int) -> Tensor:
-    """Mask [sequences, T] of the rows that dictionaries see: not BOS, and below every site's norm limit.
+def kept(eligible: Tensor, norms: dict[str, Tensor], limits: dict[str, float]) -> Tensor:
+    """Mask of the rows that dictionaries see: the eligible ones (`Span.eligible`) below every site's norm limit.
 
     Gemma 3 has attention sinks whose norm is many times the median; one of them outweighs a batch.
     """
-    mask = tokens != bos
+    mask = eligible.clone()
     for key, limit in limits.items():
         mask &= norms[key] <= limit
     return mask
 
 
-def measure(tokens: Tensor, captured: dict[Site, Tensor], outlier_norm: float, bos: int) -> dict[str, SiteScale]:
-    """Scales from captured tensors [sequences, T, D]; medians are of all rows but BOS."""
+def measure(eligible: Tensor, captured: dict[Site, Tensor], outlier_norm: float) -> dict[str, SiteScale]:
+    """Scales from captured tensors [sequences, T, D]; medians are of all eligible rows (`Span.eligible`)."""
     norms = {site.key: tensor.float().norm(dim=-1) for site, tensor in captured.items()}
-    medians = {key: norm[tokens != bos].median().item() for key, norm in norms.items()}
-    mask = kept(tokens, norms, {key: outlier_norm * median for key, median in medians.items()}, bos)
+    medians = {key: norm[eligible].median().item() for key, norm in norms.items()}
+    mask = kept(eligible, norms, {key: outlier_norm * median for key, median in medians.items()})
     return {
         key: SiteScale(medians[key], norm[mask].square().mean().sqrt().item(), int(mask.sum()))
         for key, norm in norms.items()
@@ -48,21 +48,19 @@ def measure(tokens: Tensor, captured: dict[Site, Tensor], outlier_norm: float, b
 
 
 @ray.remote
-def _calibrate(recipe: Recipe, sites: list[Site], tokens: np.ndarray) -> dict[str, SiteScale]:
+def _calibrate(recipe: Recipe, sites: list[Site], tokens_path: Path) -> dict[str, SiteScale]:
     device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
     torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
     model = gemma.load(recipe.model, device)
-    batch = torch.from_numpy(tokens).long().to(device)
-    bos = gemma.text_config(recipe.model).bos_token_id
-    return measure(batch, gemma.capture(model, batch, sites), recipe.harvest.outlier_norm, bos)
+    sample = Sequences(recipe, tokens_path, device).read(0, recipe.harvest.calibration_sequences)
+    return measure(sample.eligible, gemma.capture(model, sample.ids, sites), recipe.harvest.outlier_norm)
 
 
-def calibrate(recipe: Recipe, sites: list[Site], tokens: np.ndarray, path: Path) -> dict[str, SiteScale]:
+def calibrate(recipe: Recipe, sites: list[Site], tokens_path: Path, path: Path) -> dict[str, SiteScale]:
     """The scales by site key, computed on the cluster once and kept in `path`."""
     if not path.exists():
         harvest = recipe.harvest
         remote = _calibrate.options(num_cpus=harvest.cpus, num_gpus=harvest.gpus, label_selector=harvest.label_selector)
-        sample = np.ascontiguousarray(tokens[: recipe.harvest.calibration_sequences])
-        scales = ray.get(remote.remote(recipe, sites, sample))
+        scales = ray.get(remote.remote(recipe, sites, tokens_path))
         replace_text(path, json.dumps({key: scale._asdict() for key, scale in scales.items()}, indent=2) + "\n")
     return {key: SiteScale(**value) for key, value in json.loads(path.read_text()).items()}

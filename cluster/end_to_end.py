@@ -14,6 +14,7 @@ from cluster import gemma
 from cluster.calibrate import SiteScale, kept
 from cluster.console import say
 from cluster.recipe import EndToEnd, Recipe
+from cluster.tokens import Sequences, Span
 from sae import artifact
 from sae.end_to_end import Finetuned, Output, loss
 from sae.fold import Scales
@@ -48,9 +49,9 @@ def _finetune(
     """Mean KL over the first and the last tenth of the steps."""
     torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
     loop = Loop(recipe, settings, spec, folder, scales)
-    tokens = np.load(tokens_path, mmap_mode="r", allow_pickle=False)
+    tokens = Sequences(recipe, tokens_path, loop.device)
     divergences = [
-        loop.step(torch.from_numpy(np.array(tokens[first : first + settings.sequences])).long())
+        loop.step(tokens.read(first, settings.sequences))
         for first in range(0, settings.tokens // recipe.corpus.context, settings.sequences)
     ]
     config = artifact.read(folder)[1]
@@ -70,7 +71,6 @@ class Loop:
         self.settings, self.spec = settings, spec
         self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
         self.model = gemma.load(recipe.model, self.device)
-        self.bos = gemma.text_config(recipe.model).bos_token_id
         self.limits = {s.key: recipe.harvest.outlier_norm * scales[s.key].median_norm for s in spec.sites}
         factors = Scales(*([scales[site.key].scale for site in sites] for sites in (spec.reads, spec.writes)))
         published = artifact.read(folder)[0].to(self.device)
@@ -79,25 +79,25 @@ class Loop:
             self.dictionary.learned(), lr=self.settings.learning_rate, betas=spec.training.adam_betas, fused=True
         )
 
-    def step(self, tokens: Tensor) -> float:
-        """One Adam step on token ids [sequences, T]; the mean KL(p ‖ p̂) in nats a token."""
-        output, kl = self.forward(tokens.to(self.device))
+    def step(self, span: Span) -> float:
+        """One Adam step on some sequences; the mean KL(p ‖ p̂) in nats a token."""
+        output, kl = self.forward(span)
         self.optimiser.zero_grad()
         loss(output, kl, self.settings.beta, self.spec.l0, self.spec.training.jumprelu).backward()
         self.optimiser.step()
         return kl.item()
 
-    def forward(self, tokens: Tensor) -> tuple[Output, Tensor]:
-        """What the dictionary makes of the kept rows of token ids [sequences, T], and the mean KL(p ‖ p̂) with it."""
+    def forward(self, span: Span) -> tuple[Output, Tensor]:
+        """What the dictionary makes of the kept rows of some sequences, and the mean KL(p ‖ p̂) with it."""
         captured: dict[Site, Tensor] = {}
 
         def keep(site: Site, tensor: Tensor) -> None:
             captured[site] = tensor
 
         with torch.no_grad(), gemma.hooked(self.model, {site: partial(keep, site) for site in self.spec.sites}):
-            clean_BTD = self._hidden(tokens)
+            clean_ND = self._hidden(span)
         norms = {site.key: tensor.float().norm(dim=-1) for site, tensor in captured.items()}
-        positions = kept(tokens, norms, self.limits, self.bos).flatten().nonzero()[:, 0]
+        positions = kept(span.eligible, norms, self.limits).flatten().nonzero()[:, 0]
 
         def rows(sites: Iterable[Site]) -> Tensor:
             return torch.cat([captured[site].flatten(0, 1)[positions].float() for site in sites], dim=1)
@@ -108,13 +108,15 @@ class Loop:
             site: partial(gemma.splice, positions, part) for site, part in zip(self.spec.writes, parts, strict=True)
         }
         with gemma.hooked(self.model, edits):
-            return output, self._divergence(clean_BTD, self._hidden(tokens))
+            return output, self._divergence(clean_ND, self._hidden(span))
 
-    def _hidden(self, tokens: Tensor) -> Tensor:
-        return gemma.trunk(self.model)(tokens).last_hidden_state
+    def _hidden(self, span: Span) -> Tensor:
+        """The last hidden state of every token that is no padding [N, D]."""
+        hidden_BTD: Tensor = gemma.trunk(self.model)(span.ids).last_hidden_state
+        return hidden_BTD[span.real]
 
-    def _divergence(self, clean_BTD: Tensor, spliced_BTD: Tensor) -> Tensor:
+    def _divergence(self, clean_ND: Tensor, spliced_ND: Tensor) -> Tensor:
         """Mean over tokens of KL(p ‖ p̂) of the next-token distributions."""
         head = self.model.get_submodule("lm_head")
-        p, q = (nn.functional.log_softmax(head(hidden).float(), dim=-1) for hidden in (clean_BTD, spliced_BTD))
-        return nn.functional.kl_div(q.flatten(0, 1), p.flatten(0, 1).detach(), log_target=True, reduction="batchmean")
+        p, q = (nn.functional.log_softmax(head(hidden).float(), dim=-1) for hidden in (clean_ND, spliced_ND))
+        return nn.functional.kl_div(q, p.detach(), log_target=True, reduction="batchmean")

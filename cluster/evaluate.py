@@ -1,8 +1,9 @@
 """Evaluation on held-out text: FVU, L0, dead latents, and the loss recovered when reconstructions are spliced in.
 
-Splicing replaces the rows that dictionaries are trained on, and leaves BOS and the filtered rows as they are; the
-other end of the scale zeroes those same rows. Loss recovered = (zeroed − spliced) / (zeroed − clean). A dictionary
-that writes several sites is spliced in at all of them at once, rebuilt from the undisturbed model's activations.
+Splicing replaces the rows that dictionaries are trained on, and leaves BOS, a chat's other tokens and the filtered rows
+as they are; the other end of the scale zeroes those same rows. The loss is of all tokens but padding. Loss recovered =
+(zeroed − spliced) / (zeroed − clean). A dictionary that writes several sites is spliced in at all of them at once,
+rebuilt from the undisturbed model's activations.
 """
 
 import functools
@@ -22,6 +23,7 @@ from cluster import gemma
 from cluster.calibrate import SiteScale
 from cluster.harvest import BLOCK, blocks, harvest_block
 from cluster.recipe import Recipe
+from cluster.tokens import Sequences, Span
 from sae import artifact
 from sae.dictionary import Dictionary
 from sae.metrics import HeldoutSums
@@ -47,7 +49,7 @@ class Scores(NamedTuple):
     loss_zeroed: float
     rows: int
     rows_dropped: int
-    """Rows that are neither BOS nor within the norm limit."""
+    """Rows that are eligible (no BOS; of a chat, of the roles that are trained on) and beyond the norm limit."""
     rows_large: int
     """Kept rows whose norm exceeds LARGE_NORM times the median at a site that is written."""
 
@@ -66,8 +68,7 @@ class Evaluator:
         torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
         self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
         self.model = gemma.load(recipe.model, self.device)
-        self.bos = gemma.text_config(recipe.model).bos_token_id
-        self.tokens = torch.from_numpy(np.load(tokens_path, allow_pickle=False)).long()
+        self.tokens = Sequences(recipe, tokens_path, self.device)
         self.specs, self.scales = specs, scales
         # All the sweep's, since which rows are kept depends on the norms at all of them.
         sites = {site for spec in recipe.specs() for site in spec.sites}
@@ -80,12 +81,12 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         first = int(batch[BLOCK][0]) * self.sequences
-        tokens = self.tokens[first : first + self.sequences].to(self.device)
-        positions, rows = harvest_block(self.model, tokens, self.sites, self.limits, self.bos)
-        scored = tokens[: max(0, self.loss_sequences - first)]
-        clean = gemma.loss(self.model, scored) if len(scored) else 0.0
+        span = self.tokens.read(first, self.sequences)
+        positions, rows = harvest_block(self.model, span, self.sites, self.limits)
+        scored = Span(*(part[: max(0, self.loss_sequences - first)] for part in span))
+        clean = self._loss_with(scored, {}, positions)
         zeroed = functools.cache(lambda sites: self._loss_with(scored, dict.fromkeys(sites), positions))
-        dropped = int((tokens != self.bos).sum()) - len(positions)
+        dropped = int(span.eligible.sum()) - len(positions)
         large = {key: _norm(x_BD) > LARGE_NORM * self.scales[key].median_norm for key, x_BD in rows.items()}
         table: dict[str, list[Any]] = defaultdict(list)
         for spec in self.specs:
@@ -96,7 +97,7 @@ class Evaluator:
                 "id": spec.id,
                 "dropped": dropped,
                 "large": int(torch.stack([large[site.key] for site in written]).any(0).sum()),
-                "predicted": scored[:, 1:].numel(),
+                "predicted": int(scored.real[:, 1:].sum()),
                 "clean": clean,
                 "zeroed": zeroed(written),
                 "spliced": self._loss_with(scored, dict(zip(written, parts, strict=True)), positions),
@@ -105,17 +106,17 @@ class Evaluator:
                 table[name].append(value)
         return dict(table)
 
-    def _loss_with(self, tokens: Tensor, replaced: Mapping[Site, Tensor | None], positions: Tensor) -> float:
+    def _loss_with(self, scored: Span, replaced: Mapping[Site, Tensor | None], positions: Tensor) -> float:
         """Loss with the rows at `positions` of the block replaced at some sites, by zeros where there is None."""
-        if not len(tokens):
+        if not len(scored.ids):
             return 0.0
-        here = positions < tokens.numel()
+        here = positions < scored.ids.numel()
         edits: dict[Site, gemma.Edit] = {
             site: functools.partial(gemma.splice, positions[here], None if rows_BD is None else rows_BD[here])
             for site, rows_BD in replaced.items()
         }
         with gemma.hooked(self.model, edits):
-            return gemma.loss(self.model, tokens)
+            return gemma.loss(self.model, scored.ids, scored.real)
 
 
 def _norm(x_BD: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from cluster import checkpoint, harvest, start
+from cluster.cache import Cache
 from cluster.calibrate import SiteScale
 from cluster.checkpoint import Position
 from cluster.exchange import Share, exchange
@@ -37,6 +38,7 @@ class Job(NamedTuple):
     layout: Layout
     scales: dict[str, SiteScale]
     tokens_path: Path
+    cache: Cache | None
     train_folder: Path
     stop_file: Path
     """Its presence asks the ranks to checkpoint and return."""
@@ -48,7 +50,8 @@ class Job(NamedTuple):
         """
         order, committed = Order.of(self.recipe), checkpoint.newest(self.train_folder)
         first = order.blocks_of(committed.position.window).start if committed else 0
-        return harvest.activations(self.recipe, self.layout.sites, self.scales, self.tokens_path, first, order.blocks)
+        sites = self.layout.sites
+        return harvest.activations(self.recipe, sites, self.scales, self.tokens_path, self.cache, first, order.blocks)
 
 
 class EveryRow(DataConfig):

@@ -143,12 +143,13 @@ def capture(model: nn.Module, tokens: Tensor, sites: list[Site]) -> dict[Site, T
 
 
 @torch.no_grad()
-def loss(model: nn.Module, tokens: Tensor) -> float:
-    """Sum over all predicted tokens of the cross-entropy in nats; tokens [sequences, T]."""
+def loss(model: nn.Module, tokens: Tensor, real: Tensor) -> float:
+    """Sum over all predicted tokens that are `real` of the cross-entropy in nats; both [sequences, T]."""
     hidden = trunk(model)(tokens).last_hidden_state
     head = model.get_submodule("lm_head")
     total = 0.0
-    for sequence_TD, ids_T in zip(hidden, tokens, strict=True):  # one sequence's logits at a time bound the memory
+    targets = tokens.masked_fill(~real, -100)
+    for sequence_TD, ids_T in zip(hidden, targets, strict=True):  # one sequence's logits at a time bound the memory
         logits = head(sequence_TD[:-1]).float()
-        total += nn.functional.cross_entropy(logits, ids_T[1:], reduction="sum").item()
+        total += nn.functional.cross_entropy(logits, ids_T[1:], ignore_index=-100, reduction="sum").item()
     return total

@@ -3,8 +3,11 @@
 A *block* is the sequences of one forward pass, a fixed range of them, so that its bits depend on nothing else.
 An activation row carries its global id, sequence·context + position. bf16 travels as int16 (Ray Data has no bf16,
 and fp16 overflows on Gemma 3).
+Block numbers go on from epoch to epoch; the ids of their rows are the same in each.
 """
 
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +18,84 @@ from ray.data import ActorPoolStrategy
 from torch import Tensor
 
 from cluster import gemma
+from cluster.cache import Cache, Shard
 from cluster.calibrate import SiteScale, kept
 from cluster.recipe import Recipe
+from cluster.tokens import Sequences, Span
 from sae.sites import Site
 
 Rows = dict[str, np.ndarray]
 ROW, BLOCK, BLOCK_ROWS = "row", "block", "block_rows"
 
 
+def harvest_eligible(model: torch.nn.Module, span: Span, sites: list[Site]) -> Shard:
+    """All eligible rows of a block, whatever their norms."""
+    captured = gemma.capture(model, span.ids, sites)
+    positions = span.eligible.flatten().nonzero()[:, 0]
+    rows = {site.key: tensor.flatten(0, 1)[positions] for site, tensor in captured.items()}
+    norms = {site.key: tensor.float().norm(dim=-1).flatten()[positions] for site, tensor in captured.items()}
+    return Shard(
+        positions.cpu().numpy(),
+        {key: norm.cpu().numpy() for key, norm in norms.items()},
+        {key: encode_bf16(tensor) for key, tensor in rows.items()},
+    )
+
+
 def harvest_block(
-    model: torch.nn.Module, tokens: Tensor, sites: list[Site], limits: dict[str, float], bos: int
+    model: torch.nn.Module, span: Span, sites: list[Site], limits: dict[str, float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Kept positions [n] of a block, as indices into its tokens [sequences, T], and the rows there, each [n, D]."""
-    captured = gemma.capture(model, tokens, sites)
+    captured = gemma.capture(model, span.ids, sites)
     norms = {site.key: tensor.float().norm(dim=-1) for site, tensor in captured.items()}
-    positions = kept(tokens, norms, limits, bos).flatten().nonzero()[:, 0]
+    positions = kept(span.eligible, norms, limits).flatten().nonzero()[:, 0]
     return positions, {site.key: tensor.flatten(0, 1)[positions] for site, tensor in captured.items()}
 
 
 class Harvester:
-    """Ray Data UDF: block numbers → activation rows. Owns one model."""
+    """Ray Data UDF: block numbers → activation rows. Owns one model, which it loads for the first block that no cache
+    has."""
 
-    def __init__(self, recipe: Recipe, sites: list[Site], scales: dict[str, SiteScale], tokens_path: Path):
+    def __init__(
+        self, recipe: Recipe, sites: list[Site], scales: dict[str, SiteScale], tokens_path: Path, cache: Cache | None
+    ):
         torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
         self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
-        self.model = gemma.load(recipe.model, self.device)
-        self.bos = gemma.text_config(recipe.model).bos_token_id
-        self.tokens = np.load(tokens_path, mmap_mode="r", allow_pickle=False)
+        self.recipe, self.cache = recipe, cache
+        self.tokens = Sequences(recipe, tokens_path, self.device)
         self.sequences, self.context, self.sites = recipe.harvest.sequences, recipe.corpus.context, sites
+        self.blocks_of_an_epoch = math.ceil(recipe.train_sequences / self.sequences)
         self.limits = {key: recipe.harvest.outlier_norm * scale.median_norm for key, scale in scales.items()}
+
+    @functools.cached_property
+    def model(self) -> torch.nn.Module:
+        return gemma.load(self.recipe.model, self.device)
 
     def __call__(self, batch: Rows) -> Rows:
         block = int(batch[BLOCK][0])
-        first = block * self.sequences
-        ids = np.array(self.tokens[first : first + self.sequences])
-        tokens = torch.from_numpy(ids).long().to(self.device)
-        positions, rows = harvest_block(self.model, tokens, self.sites, self.limits, self.bos)
+        place = block % self.blocks_of_an_epoch
+        positions, columns = self._cached_rows(place, self.cache) if self.cache else self._rows(place)
         n = len(positions)
-        columns = {key: encode_bf16(tensor) for key, tensor in rows.items()}
         return columns | {
-            ROW: first * self.context + positions.cpu().numpy(),
+            ROW: place * self.sequences * self.context + positions,
             BLOCK: np.full(n, block),
             BLOCK_ROWS: np.full(n, n),
         }
+
+    def _rows(self, place: int) -> tuple[np.ndarray, Rows]:
+        """Kept positions of a block of the text, and bf16 bits by site key."""
+        positions, rows = harvest_block(self.model, self._span(place), self.sites, self.limits)
+        return positions.cpu().numpy(), {key: encode_bf16(tensor) for key, tensor in rows.items()}
+
+    def _cached_rows(self, place: int, cache: Cache) -> tuple[np.ndarray, Rows]:
+        """The same from the cache, into which they are put if it lacks them."""
+        shard = cache.read(place, self.limits)
+        if shard is None:
+            shard = harvest_eligible(self.model, self._span(place), cache.sites)
+            cache.write(place, shard)
+        return shard.within(self.limits)
+
+    def _span(self, place: int) -> Span:
+        return self.tokens.read(place * self.sequences, self.sequences)
 
 
 def encode_bf16(rows: Tensor) -> np.ndarray:
@@ -71,12 +109,18 @@ def decode_bf16(bits: np.ndarray) -> Tensor:
 
 
 def activations(
-    recipe: Recipe, sites: list[Site], scales: dict[str, SiteScale], tokens_path: Path, first_block: int, n_blocks: int
+    recipe: Recipe,
+    sites: list[Site],
+    scales: dict[str, SiteScale],
+    tokens_path: Path,
+    cache: Cache | None,
+    first_block: int,
+    n_blocks: int,
 ) -> ray.data.Dataset:
     """The stream of activation rows of blocks first_block … n_blocks − 1, in that order, harvested as it is read."""
     return blocks(first_block, n_blocks).map_batches(
         Harvester,
-        fn_constructor_args=(recipe, sites, scales, tokens_path),
+        fn_constructor_args=(recipe, sites, scales, tokens_path, cache),
         batch_size=1,
         num_cpus=recipe.harvest.cpus,
         num_gpus=recipe.harvest.gpus,

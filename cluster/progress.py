@@ -44,7 +44,7 @@ class LiveLine:
 
     def _line(self, told: dict) -> str:
         position, rate = told["position"], told["rows_per_second"]
-        total = self.order.sequences * self.order.context
+        total = self.order.epochs * self.order.sequences * self.order.context
         left = max(0, total - position["rows"]) / rate
         fvus = defaultdict(list)
         for id, figures in told["dictionaries"].items():

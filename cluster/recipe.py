@@ -19,6 +19,9 @@ LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?"  # Kubernetes' syntax of a l
 LabelKey = Annotated[str, Field(pattern=rf"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?{LABEL}$")]
 LabelSelector = dict[LabelKey, Annotated[str, Field(pattern=rf"^{LABEL}$")]]
 """Labels that a Ray node must have, such as {ray-subcluster: harvest}; without any, every node will do."""
+STATIC_TOKENS = 4
+"""Of a chat: `<bos><start_of_turn>user\\n`, the same in every sequence and not trained on (*published*: Gemma Scope 2's
+dictionaries of the instruction-tuned models)."""
 
 
 class Model(Strict):
@@ -37,16 +40,38 @@ class Model(Strict):
         return known or (Path(self.name).name if Path(self.name).is_dir() else self.name)
 
 
+class Rollouts(Strict):
+    """How the model answers a chat corpus' prompts. The defaults of sampling are Gemma 3's own (*published*)."""
+
+    max_new_tokens: PositiveInt
+    """Of an answer; prompts that leave less than this of `context` are passed over."""
+    temperature: float = Field(1.0, ge=0)
+    """0 takes the likeliest token each time."""
+    top_k: int = Field(64, ge=0)
+    """Tokens to sample from; 0 is all."""
+    top_p: float = Field(0.95, gt=0, le=1)
+
+
 class Corpus(Strict):
     """The text."""
 
+    kind: Literal["text", "chat"] = "text"
+    """Documents, or conversations rendered with the model's chat template (cluster/chat.py)."""
     paths: list[str] = Field(min_length=1)
-    """Files or globs of one format (.jsonl, .txt, .parquet), local or s3://, or `package:` and a name."""
+    """Files or globs of one format (.jsonl, .txt, .parquet; a chat is not .txt), local or s3://, or `package:` and a
+    name."""
     text_column: str = "text"
+    messages_column: str = "messages"
+    """Of a chat: a list of {role, content} with roles system, user and assistant; or a string, one user's turn."""
     context: int = Field(1024, ge=2)
-    """Tokens of a sequence, its leading BOS included."""
+    """Tokens of a sequence, its leading BOS and a chat's padding included."""
     train_tokens: PositiveInt
     heldout_tokens: PositiveInt
+    roles: list[Literal["user", "assistant"]] = Field(["user", "assistant"], min_length=1)
+    """Of a chat: the roles on whose tokens dictionaries are trained and evaluated; the template puts a system text into
+    the user's turn."""
+    rollouts: Rollouts | None = None
+    """Of a chat: the model's own answer follows the last user's turn, in place of one that is there."""
 
 
 class Harvest(Strict):
@@ -65,6 +90,9 @@ class Harvest(Strict):
     """The first training sequences, from which each site's scale and median norm are taken."""
     outlier_norm: float = Field(10, gt=1)
     """Rows whose norm exceeds this multiple of the calibration median, at any site, are dropped."""
+    cache: str | None = None
+    """A folder that all nodes see: rows are kept there, and read by later epochs and sweeps of the same model, text and
+    `sequences` at these or fewer sites, in place of running the model. About 2·D bytes a row and site."""
 
 
 class Stream(Strict):
@@ -72,6 +100,8 @@ class Stream(Strict):
 
     window_sequences: PositiveInt = 64
     """Rows are shuffled within windows of this many sequences."""
+    epochs: PositiveInt = 1
+    """Passes over the text; each shuffles the windows' rows anew, and a row comes once in each."""
     batch_rows: PositiveInt = 1024
     """A window is cut into batches of nearly this size, none of its rows left over."""
 
@@ -229,6 +259,9 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
             f"{recipe.stream.window_sequences} is no multiple of harvest.sequences "
             f"({recipe.harvest.sequences}): a window holds whole forward passes",
         )
+    if (recipe.harvest.cache or "").startswith("s3://"):
+        raise UserError("harvest.cache", f"{recipe.harvest.cache} is no folder: name one that all nodes see")
+    _check_chat(recipe.corpus)
     if (tuned := recipe.end_to_end) and not recipe.corpus.context <= tuned.tokens <= recipe.corpus.train_tokens:
         raise UserError(
             "end_to_end.tokens",
@@ -243,6 +276,21 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
                 "publication.saelens", f"SAELens has no TopK transcoder such as {spec.id}: drop one of them"
             )
     return recipe
+
+
+def _check_chat(corpus: Corpus) -> None:
+    if corpus.kind == "text":
+        for field in ("messages_column", "roles", "rollouts"):
+            if getattr(corpus, field) != Corpus.model_fields[field].default:
+                raise UserError(f"corpus.{field}", "belongs to conversations: add kind: chat, or drop it")
+    elif corpus.context <= STATIC_TOKENS:
+        raise UserError("corpus.context", f"the first {STATIC_TOKENS} tokens of a chat are not trained on: raise it")
+    elif corpus.rollouts and corpus.rollouts.max_new_tokens >= corpus.context - STATIC_TOKENS:
+        raise UserError(
+            "corpus.rollouts.max_new_tokens",
+            f"{corpus.rollouts.max_new_tokens} leaves no room for a prompt in corpus.context ({corpus.context}): "
+            "lower it or raise context",
+        )
 
 
 def _explain(error: ValidationError) -> UserError:

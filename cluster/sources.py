@@ -33,17 +33,25 @@ def find(corpus: Corpus) -> tuple[pafs.FileSystem, list[str], str]:
         )
     if len({type(filesystem) for filesystem, _ in found}) > 1:
         raise UserError("corpus.paths", "mixes local and s3:// files: name files of one place")
+    if corpus.kind == "chat" and ".txt" in formats:
+        raise UserError("corpus.paths", "holds .txt, which has no turns: name .jsonl or .parquet, or drop kind: chat")
     filesystem = found[0][0]
     size = sum(info.size for info in filesystem.get_file_info(files))
     wanted = corpus.train_tokens + corpus.heldout_tokens
-    if formats != {".parquet"} and size < wanted:  # no token is shorter than a byte
+    # No token is shorter than a byte, but a chat's sequences are padded.
+    if formats != {".parquet"} and size < (1 if corpus.kind == "chat" else wanted):
         raise UserError(
             "corpus.train_tokens",
             f"{wanted:,} tokens with the held-out ones, but the text has only {size:,} bytes: lower it or add text",
         )
     (format,) = formats
-    _probe(filesystem, files[0], format, corpus.text_column)
+    _probe(filesystem, files[0], format, corpus)
     return filesystem, files, format
+
+
+def column(corpus: Corpus) -> str:
+    """What the files call a document."""
+    return corpus.messages_column if corpus.kind == "chat" else corpus.text_column
 
 
 def _expand(pattern: str) -> tuple[pafs.FileSystem, list[str]]:
@@ -100,7 +108,7 @@ def _client() -> Any:
     return boto3.client("s3", config=Config(connect_timeout=5, retries={"max_attempts": 1}))
 
 
-def _probe(filesystem: pafs.FileSystem, path: str, format: str, column: str) -> None:
+def _probe(filesystem: pafs.FileSystem, path: str, format: str, corpus: Corpus) -> None:
     """Reads the head of the first file: an unreadable corpus is told before anything is started."""
     try:
         if format == ".parquet":
@@ -113,7 +121,8 @@ def _probe(filesystem: pafs.FileSystem, path: str, format: str, column: str) -> 
             return
     except (OSError, ValueError, TypeError) as error:
         raise UserError("corpus.paths", f"{path} is not readable as {format} ({str(error).splitlines()[0]})") from error
-    if column not in names:
+    if column(corpus) not in names:
+        field = "messages_column" if corpus.kind == "chat" else "text_column"
         raise UserError(
-            "corpus.text_column", f"{column!r} is not in {path}, which has {', '.join(names)}: name one of these"
+            f"corpus.{field}", f"{column(corpus)!r} is not in {path}, which has {', '.join(names)}: name one of these"
         )

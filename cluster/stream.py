@@ -2,7 +2,8 @@
 
 A *window* is a fixed range of sequences. Ranks pull activation rows until a window is whole, whoever harvested
 them; its rows are sorted by id, permuted with a generator seeded by (seed, window) and cut into batches of nearly
-equal size, none left over. Nothing here depends on the number of ranks or actors, on timing or on crashes.
+equal size, none left over. A further epoch has windows of the same sequences, with numbers of their own. Nothing here
+depends on the number of ranks or actors, on timing or on crashes.
 """
 
 import math
@@ -29,6 +30,7 @@ class Order:
     window_sequences: int
     batch_rows: int
     seed: int
+    epochs: int = 1
 
     @staticmethod
     def of(recipe: Recipe) -> "Order":
@@ -39,14 +41,24 @@ class Order:
             window_sequences=recipe.stream.window_sequences,
             batch_rows=recipe.stream.batch_rows,
             seed=recipe.seed,
+            epochs=recipe.stream.epochs,
         )
 
     @property
     def windows(self) -> int:
-        return math.ceil(self.sequences / self.window_sequences)
+        """Of all epochs, numbered on from one to the next, as the blocks are."""
+        return self.epochs * self._windows_of_an_epoch
 
     @property
     def blocks(self) -> int:
+        return self.epochs * self._blocks_of_an_epoch
+
+    @property
+    def _windows_of_an_epoch(self) -> int:
+        return math.ceil(self.sequences / self.window_sequences)
+
+    @property
+    def _blocks_of_an_epoch(self) -> int:
         return math.ceil(self.sequences / self.block_sequences)
 
     @property
@@ -55,8 +67,10 @@ class Order:
         return sum(self._batches_of(self._sequences_in(window) * self.context) for window in range(self.windows))
 
     def blocks_of(self, window: int) -> range:
-        per_window = self.window_sequences // self.block_sequences
-        return range(window * per_window, min((window + 1) * per_window, self.blocks))
+        epoch, place = divmod(window, self._windows_of_an_epoch)
+        per_window, first = self.window_sequences // self.block_sequences, epoch * self._blocks_of_an_epoch
+        ends = (min(number * per_window, self._blocks_of_an_epoch) for number in (place, place + 1))
+        return range(*(first + end for end in ends))
 
     def batches(self, window: int, rows: int) -> list[Tensor]:
         """Indices into a window's rows, sorted by id, of each of its batches."""
@@ -73,14 +87,16 @@ class Order:
 
     def progress(self, window: int, batch: int, batches: int) -> float:
         """Share of the run that is done with batch `batch` of a window of `batches`, in (0, 1]."""
-        done = window * self.window_sequences + self._sequences_in(window) * (batch + 1) / batches
-        return done / self.sequences
+        epoch, place = divmod(window, self._windows_of_an_epoch)
+        done = place * self.window_sequences + self._sequences_in(window) * (batch + 1) / batches
+        return (epoch * self.sequences + done) / (self.epochs * self.sequences)
 
     def _batches_of(self, rows: int) -> int:
         return max(1, round(rows / self.batch_rows))
 
     def _sequences_in(self, window: int) -> int:
-        return min(self.window_sequences, self.sequences - window * self.window_sequences)
+        place = window % self._windows_of_an_epoch
+        return min(self.window_sequences, self.sequences - place * self.window_sequences)
 
 
 class Window(NamedTuple):

@@ -12,9 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cluster import (
+    cache,
     checkpoint,
     corpus,
     end_to_end,
@@ -24,7 +23,6 @@ from cluster import (
     publish,
     report,
     session,
-    sources,
     start,
     tracking,
 )
@@ -92,7 +90,8 @@ def _plan(recipe: Recipe) -> Layout:
     """Checks everything that can be known before anything is started, and prints the plan."""
     layout, planned = _lay_out(recipe)
     session.check_machine(recipe, planned)
-    sources.find(recipe.corpus)
+    corpus.check(recipe)
+    cache.check(recipe, layout.widths)
     start.check(recipe, layout)
     _show(recipe, layout, planned)
     location = gemma.locate(recipe.model)
@@ -112,7 +111,8 @@ def _show(recipe: Recipe, layout: Layout, planned: Memory) -> None:
     say(f"plan     {recipe.name}: {len(recipe.specs())} dictionaries from one pass of {recipe.model.name}")
     say(table(recipe, layout, planned))
     say(
-        f"text     {order.sequences * order.context:,} tokens to train on in {order.windows} windows, about "
+        f"text     {order.sequences * order.context:,} tokens to train on"
+        f"{f', {order.epochs} times,' if order.epochs > 1 else ''} in {order.windows} windows, about "
         f"{order.steps} steps; {recipe.heldout_sequences * recipe.corpus.context:,} held out"
     )
 
@@ -156,9 +156,12 @@ class Sweep:
     def run(self) -> None:
         with self._stage("corpus"):
             corpus.build(self.recipe, self.folder.tokens)
+            self.cache = cache.claim(self.recipe, self.layout.sites, self.folder.tokens / "train.npy")
+        if self.cache:
+            say(f"cache    {self.cache.blocks():,} blocks of rows are in {self.cache.folder}")
         with self._stage("calibrate"):
-            tokens = np.load(self.folder.tokens / "train.npy", mmap_mode="r")
-            scales = calibrate(self.recipe, self.layout.sites, tokens, self.folder.calibration)
+            tokens_path = self.folder.tokens / "train.npy"
+            scales = calibrate(self.recipe, self.layout.sites, tokens_path, self.folder.calibration)
         with self._stage("tracking"):
             runs = tracking.Runs(self.recipe, self.folder)
             runs.open(self.recipe, self.layout, self.folder.runs)
@@ -198,7 +201,13 @@ class Sweep:
         if found:
             say(f"resuming at step {found.position.step}")
         job = fit.Job(
-            self.recipe, self.layout, scales, self.folder.tokens / "train.npy", self.folder.train, self.folder.stop
+            self.recipe,
+            self.layout,
+            scales,
+            self.folder.tokens / "train.npy",
+            self.cache,
+            self.folder.train,
+            self.folder.stop,
         )
         reporter = tracking.FitReporter(runs, self.folder.progress, self.folder.spool)
         self._watch(job, reporter)

@@ -38,6 +38,35 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+# Of the form of Gemma 3's: a system text opens the first user's turn, and turns must alternate.
+CHAT_TEMPLATE = """{{ bos_token }}
+{%- set told = messages[0]['role'] == 'system' -%}
+{%- for message in (messages[1:] if told else messages) -%}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+{{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
+{%- endif -%}
+{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}
+{{- messages[0]['content'] + '\\n\\n' if told and loop.first else '' }}
+{{- message['content'] | trim }}{{ '<end_of_turn>\\n' }}
+{%- endfor -%}
+{{ '<start_of_turn>model\\n' if add_generation_prompt else '' }}"""
+
+
+def write_chat_tokenizer(folder: Path) -> None:
+    """The tiny tokenizer with turn marks, a token for a line's end, and a chat template."""
+    from tokenizers import AddedToken, Regex, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    write_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    spaces, lines = pre_tokenizers.Split(Regex(" +"), "removed"), pre_tokenizers.Split("\n", "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([spaces, lines])
+    marks = [AddedToken(mark, special=True, normalized=False) for mark in ("<start_of_turn>", "<end_of_turn>")]
+    tokenizer.add_tokens([*marks, "user", "model", AddedToken("\n", normalized=False)])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
 def tiny_config(**changes):
     from transformers import Gemma3TextConfig
 

@@ -16,32 +16,36 @@ from sae.step import TrainingDictionary
 BOS = 2
 
 
-def fit(recipe: Recipe, tokens: np.ndarray) -> dict[str, Dictionary]:
-    """Trains all dictionaries of a recipe for a text-only model on token ids [sequences, T]."""
+def fit(recipe: Recipe, tokens: np.ndarray, eligible: np.ndarray | None = None) -> dict[str, Dictionary]:
+    """Trains all dictionaries of a recipe for a text-only model on token ids [sequences, T]; on the rows of some of
+    them, if `eligible` says so, else of all but BOS."""
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype=torch.bfloat16)
     specs, everything = recipe.specs(), torch.from_numpy(np.array(tokens)).long()
+    trained = everything != BOS if eligible is None else torch.from_numpy(eligible)
     sites = sorted({site for spec in specs for site in spec.sites})
     outputs: dict[Site, Tensor] = {}
     for site in sites:
         keep_output(model, site, outputs)
 
     with torch.no_grad():
-        sample = everything[: recipe.harvest.calibration_sequences]
+        sample, seen = (part[: recipe.harvest.calibration_sequences] for part in (everything, trained))
         model.model(sample)
         norms = {site: outputs[site].float().norm(dim=-1) for site in sites}
-        limits = {site: recipe.harvest.outlier_norm * norms[site][sample != BOS].median() for site in sites}
-        keep = (sample != BOS) & torch.stack([norms[site] <= limits[site] for site in sites]).all(0)
+        limits = {site: recipe.harvest.outlier_norm * norms[site][seen].median() for site in sites}
+        keep = seen & torch.stack([norms[site] <= limits[site] for site in sites]).all(0)
         scales = {site: norms[site][keep].square().mean().sqrt().item() for site in sites}
 
         widths = {site.key: outputs[site].shape[-1] for site in sites}
         bank = [TrainingDictionary(spec, widths, torch.device("cpu")) for spec in specs]
         size = recipe.stream.window_sequences
-        for window, sequences in enumerate(everything.split(size)):
+        parts = list(zip(everything.split(size), trained.split(size), strict=True))
+        epochs = recipe.stream.epochs
+        for window, (sequences, eligible_there) in enumerate(parts * epochs):
             rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
-            for block in sequences.split(recipe.harvest.sequences):
+            per_pass = recipe.harvest.sequences
+            for block, keep in zip(sequences.split(per_pass), eligible_there.clone().split(per_pass), strict=True):
                 model.model(block)
-                keep = block != BOS
                 for site in sites:
                     keep &= outputs[site].float().norm(dim=-1) <= limits[site]
                 for site in sites:
@@ -51,7 +55,10 @@ def fit(recipe: Recipe, tokens: np.ndarray) -> dict[str, Dictionary]:
             order = torch.randperm(n, generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + window))
             batches = order.tensor_split(max(1, round(n / recipe.stream.batch_rows)))
             for number, chosen in enumerate(batches):
-                done = (window * size + len(sequences) * (number + 1) / len(batches)) / len(everything)
+                epoch, place = divmod(window, len(parts))
+                done = (epoch * len(everything) + place * size + len(sequences) * (number + 1) / len(batches)) / (
+                    epochs * len(everything)
+                )
                 scaled = {site: window_rows[site][chosen].float() / scales[site] for site in sites}
                 for dictionary in bank:
                     x_BD = torch.cat([scaled[site] for site in dictionary.spec.reads], dim=1)

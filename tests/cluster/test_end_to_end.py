@@ -9,6 +9,7 @@ from cluster import recipe as recipes
 from cluster.calibrate import measure
 from cluster.end_to_end import Loop
 from cluster.gemma import capture, load
+from cluster.tokens import Span
 from sae import artifact
 from sae.step import TrainingDictionary
 
@@ -30,7 +31,7 @@ def loop(request, tiny_recipe: dict, tmp_path: Path) -> Loop:
     tokens = torch.randint(4, 200, (16, 32), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 2
     captured = capture(model, tokens, spec.sites)
-    scales = measure(tokens, captured, 10, bos=2)
+    scales = measure(tokens != 2, captured, 10)
     rows = {site: captured[site][:, 1:].flatten(0, 1).float() / scales[site.key].scale for site in spec.sites}
     x, y = (torch.cat([rows[site] for site in sites], dim=1) for sites in (spec.reads, spec.writes))
     dictionary = TrainingDictionary(spec, {site.key: 32 for site in spec.sites}, torch.device("cpu"))
@@ -43,7 +44,7 @@ def loop(request, tiny_recipe: dict, tmp_path: Path) -> Loop:
     )
     artifact.seal(tmp_path / "x")
     loop = Loop(recipe, recipe.end_to_end, spec, tmp_path / "x", scales)
-    loop.tokens = tokens
+    loop.tokens = Span.of_text(tokens, 2)
     return loop
 
 

@@ -37,7 +37,7 @@ def parts(tiny_recipe: dict, tmp_path: Path):
     np.save(tmp_path / "heldout.npy", tokens.int().numpy())
     model = gemma.load(parsed.model, torch.device("cpu"))
     sites = [site for spec in parsed.specs() for site in spec.sites]
-    scales = measure(tokens, gemma.capture(model, tokens, sites), 1.1, BOS)
+    scales = measure(tokens != BOS, gemma.capture(model, tokens, sites), 1.1)
     folders = publish.folders(parsed, tmp_path / "staging")
     for spec in parsed.specs():
         dictionary = make_dictionary(spec, d=32)

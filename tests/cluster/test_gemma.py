@@ -11,6 +11,7 @@ from sae.sites import HOOK_POINTS, Site
 from tests.conftest import tiny_config, write_tokenizer
 
 TOKENS = torch.randint(4, 200, (3, 20), generator=torch.Generator().manual_seed(0))
+REAL = torch.ones_like(TOKENS, dtype=torch.bool)
 SITES = [Site(layer, name) for layer in (0, 2) for name in HOOK_POINTS]
 
 
@@ -76,19 +77,19 @@ def test_capture__stops_after_the_last_site(loaded) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.key)
 def test_hooked__a_returned_tensor_takes_the_sites_place(loaded, site: Site) -> None:
-    clean = gemma.loss(loaded, TOKENS)
+    clean = gemma.loss(loaded, TOKENS, REAL)
     with gemma.hooked(loaded, {site: lambda tensor: tensor.clone()}):
-        assert gemma.loss(loaded, TOKENS) == clean
+        assert gemma.loss(loaded, TOKENS, REAL) == clean
     with gemma.hooked(loaded, {site: torch.zeros_like}):
-        assert gemma.loss(loaded, TOKENS) != clean
-    assert gemma.loss(loaded, TOKENS) == clean  # hooks are gone
+        assert gemma.loss(loaded, TOKENS, REAL) != clean
+    assert gemma.loss(loaded, TOKENS, REAL) == clean  # hooks are gone
 
 
 @torch.no_grad()
 def test_loss__is_the_models_own_cross_entropy(loaded) -> None:
     predicted = TOKENS[:, 1:].numel()
     expected = loaded(input_ids=TOKENS, labels=TOKENS).loss.item()
-    assert gemma.loss(loaded, TOKENS) / predicted == pytest.approx(expected, rel=1e-5)
+    assert gemma.loss(loaded, TOKENS, REAL) / predicted == pytest.approx(expected, rel=1e-5)
 
 
 def test_parameters__counts_the_text_model(tiny_gemma: Path) -> None:

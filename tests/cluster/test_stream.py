@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,9 +34,13 @@ def make_layout(teams: int, replicas: int, shards: int) -> Layout:
     return Layout(held, WIDTHS, 4, replicas, shards)
 
 
+ONE_RANK = make_layout(1, 1, 1)
+
+
 def block_rows(block: int) -> dict[str, np.ndarray]:
     """A block's rows as a harvester emits them, every 13th row dropped; values are a function of the row id."""
-    first, last = block * ORDER.block_sequences, min((block + 1) * ORDER.block_sequences, ORDER.sequences)
+    place = block % ORDER.blocks  # in its epoch
+    first, last = place * ORDER.block_sequences, min((place + 1) * ORDER.block_sequences, ORDER.sequences)
     ids = np.arange(first * ORDER.context, last * ORDER.context)
     ids = ids[ids % 13 != 0]
     columns = {
@@ -45,10 +50,10 @@ def block_rows(block: int) -> dict[str, np.ndarray]:
     return columns | {ROW: ids, BLOCK: np.full(len(ids), block), BLOCK_ROWS: np.full(len(ids), len(ids))}
 
 
-def deal(rank: int, world: int, seed: int, first_window: int) -> list[dict[str, np.ndarray]]:
+def deal(order: Order, rank: int, world: int, seed: int, first_window: int) -> list[dict[str, np.ndarray]]:
     """What one rank is sent from a window on: blocks in order, dealt at random, some cut in two for different ranks."""
     chosen, mine = random.Random(seed), []
-    for block in range(ORDER.blocks_of(first_window).start, ORDER.blocks):
+    for block in range(order.blocks_of(first_window).start, order.blocks):
         rows = block_rows(block)
         cut = chosen.choice([0, len(rows[ROW]) // 3])
         for part in (slice(0, cut), slice(cut, None)):
@@ -59,13 +64,13 @@ def deal(rank: int, world: int, seed: int, first_window: int) -> list[dict[str, 
     return mine
 
 
-def run_rank(rank: int, layout: Layout, seed: int, first_window: int, rendezvous: str, results) -> None:
+def run_rank(rank: int, order: Order, layout: Layout, seed: int, first_window: int, rendezvous: str, results) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=layout.n_ranks)
-    reader = WindowReader(ORDER, iter(deal(rank, layout.n_ranks, seed, first_window)), list(WIDTHS))
+    reader = WindowReader(order, iter(deal(order, rank, layout.n_ranks, seed, first_window)), list(WIDTHS))
     place = layout.place(rank)
     for window in reader.windows(first_window):
-        share = exchange(window, layout, ORDER, torch.device("cpu"))
-        for number, chosen in enumerate(ORDER.batches(window.number, len(share.ids))):
+        share = exchange(window, layout, order, torch.device("cpu"))
+        for number, chosen in enumerate(order.batches(window.number, len(share.ids))):
             batch = share.batch(chosen)
             assert batch.keys() == set(layout.keys(place.team))
             for key, rows in batch.items():
@@ -75,12 +80,18 @@ def run_rank(rank: int, layout: Layout, seed: int, first_window: int, rendezvous
     dist.destroy_process_group()
 
 
-def batches(layout: Layout, seed: int, tmp_path, first_window: int = 0) -> dict[tuple, tuple[str, list[int]]]:
+def batches(
+    layout: Layout, seed: int, tmp_path, first_window: int = 0, order: Order = ORDER
+) -> dict[tuple, tuple[str, list[int]]]:
     """Digest and ids of each batch of each site, its replicas' rows put together."""
+    rendezvous = str(tmp_path / f"rendezvous-{layout.n_ranks}-{seed}-{first_window}-{order.epochs}")
     with mp.Manager() as manager:
-        results = manager.list()
-        rendezvous = str(tmp_path / f"rendezvous-{layout.n_ranks}-{seed}-{first_window}")
-        mp.spawn(run_rank, (layout, seed, first_window, rendezvous, results), nprocs=layout.n_ranks)
+        results = [] if layout.n_ranks == 1 else manager.list()
+        arguments = (order, layout, seed, first_window, rendezvous, results)
+        if layout.n_ranks == 1:
+            run_rank(0, *arguments)
+        else:
+            mp.spawn(run_rank, arguments, nprocs=layout.n_ranks)
         parts: dict[tuple, dict[int, tuple]] = {}
         for key, window, number, replica, bits, ids in results:
             part = parts.setdefault((key, window, number), {})
@@ -94,7 +105,7 @@ def batches(layout: Layout, seed: int, tmp_path, first_window: int = 0) -> dict[
 
 
 def test_batches__are_the_same_for_any_layout_and_any_arrival(tmp_path) -> None:
-    one = batches(make_layout(1, 1, 1), 0, tmp_path)
+    one = batches(ONE_RANK, 0, tmp_path)
     for seed, mesh in enumerate([(3, 1, 1), (2, 2, 1), (1, 2, 2)], start=1):
         assert batches(make_layout(*mesh), seed, tmp_path) == one, mesh
     wanted = {row for row in range(ORDER.sequences * ORDER.context) if row % 13}
@@ -106,28 +117,49 @@ def test_batches__are_the_same_for_any_layout_and_any_arrival(tmp_path) -> None:
     assert max(whole_windows) <= 1.15 * ORDER.batch_rows
 
 
+def test_batches__of_a_second_epoch_have_every_row_once_more_in_another_order(tmp_path) -> None:
+    twice = replace(ORDER, epochs=2)
+    found = batches(make_layout(2, 1, 1), 3, tmp_path, order=twice)
+    assert batches(ONE_RANK, 0, tmp_path, first_window=5, order=twice) == {
+        at: b for at, b in found.items() if at[1] >= 5
+    }
+    key, wanted = "attn_out.2", sorted(row for row in range(ORDER.sequences * ORDER.context) if row % 13)
+    epochs = [{at[1:]: b for at, b in found.items() if at[0] == key and at[1] // 4 == epoch} for epoch in (0, 1)]
+    assert [window for window, _ in epochs[1]] == [window + 4 for window, _ in epochs[0]]
+    for epoch in epochs:
+        assert sorted(row for _, rows in epoch.values() for row in rows) == wanted
+    for (window, number), (_, rows) in epochs[0].items():
+        again = epochs[1][window + 4, number][1]
+        assert rows != again
+        assert {row // ORDER.context // 12 for row in again} == {window}  # the same sequences make a window
+    assert epochs[0] == {at[1:]: b for at, b in batches(ONE_RANK, 4, tmp_path).items() if at[0] == key}
+
+
 def test_batches__of_a_resumed_run_are_the_undisturbed_ones(tmp_path) -> None:
-    whole = batches(make_layout(1, 1, 1), 0, tmp_path)
-    assert batches(make_layout(1, 1, 1), 0, tmp_path, first_window=2) == {
+    whole = batches(ONE_RANK, 0, tmp_path)
+    assert batches(ONE_RANK, 0, tmp_path, first_window=2) == {
         place: batch for place, batch in whole.items() if place[1] >= 2
     }
 
 
 def test_batches__are_shuffled_within_their_window_and_differ_between_windows_and_seeds() -> None:
     first, second = ORDER.batches(0, 180)[0], ORDER.batches(1, 180)[0]
-    reseeded = Order(**{**ORDER.__dict__, "seed": 6}).batches(0, 180)[0]
+    reseeded = replace(ORDER, seed=6).batches(0, 180)[0]
     assert not torch.equal(first, first.sort().values)
     assert not torch.equal(first, second)
     assert not torch.equal(first, reseeded)
 
 
-def test_progress__rises_to_one() -> None:
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_progress__rises_to_one(epochs: int) -> None:
+    order = replace(ORDER, epochs=epochs)
     steps = [
-        ORDER.progress(window, batch, len(chosen))
-        for window in range(ORDER.windows)
-        for chosen in [ORDER.batches(window, 16 * len(range(window * 12, min(37, window * 12 + 12))))]
+        order.progress(window, batch, len(chosen))
+        for window in range(order.windows)
+        for chosen in [order.batches(window, 16 * (1 if window % 4 == 3 else 12))]
         for batch in range(len(chosen))
     ]
     assert steps == sorted(steps)
     assert steps[-1] == pytest.approx(1)
-    assert len(steps) == ORDER.steps
+    assert len(steps) == order.steps
+    assert len(set(steps)) == len(steps)

@@ -13,6 +13,7 @@ from cluster import corpus, gemma, packages
 from cluster.calibrate import measure
 from cluster.harvest import harvest_block
 from cluster.recipe import Model
+from cluster.tokens import Span
 from sae.dictionary import Dictionary
 from sae.presets import PRESETS
 from sae.sites import Site
@@ -35,9 +36,11 @@ class Rows:
             table = tokeniser(pa.table({"text": [json.loads(line)["text"] for line in islice(lines, 2000)]}))
         packer.add([np.frombuffer(ids.as_py(), np.int32) for ids in table["ids"]])
         tokens = torch.from_numpy(np.stack(packer.sequences)).long()
-        scale = measure(tokens[:8], gemma.capture(gemma_3, tokens[:8], [SITE]), 10, bos)[SITE.key]
+        captured = gemma.capture(gemma_3, tokens[:8], [SITE])
+        scale = measure(tokens[:8] != bos, captured, 10)[SITE.key]
         limits = {SITE.key: 10 * scale.median_norm}
-        parts = [harvest_block(gemma_3, block, [SITE], limits, bos)[1][SITE.key] for block in tokens.split(8)]
+        spans = [Span.of_text(block, bos) for block in tokens.split(8)]
+        parts = [harvest_block(gemma_3, span, [SITE], limits)[1][SITE.key] for span in spans]
         rows_BD = torch.cat(parts).float() / scale.scale
         self.heldout_BD = rows_BD[-HELDOUT:]
         train_BD = rows_BD[:-HELDOUT]

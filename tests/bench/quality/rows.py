@@ -16,6 +16,7 @@ import torch
 from cluster import calibrate, corpus, gemma, packages
 from cluster.harvest import decode_bf16, encode_bf16, harvest_block
 from cluster.recipe import Harvest, Model
+from cluster.tokens import Span
 from sae.sites import Site
 
 MODEL = Model(name="package:gemma-3-270m")
@@ -45,7 +46,7 @@ def harvest(model: torch.nn.Module, sequences: np.ndarray, limits: dict[str, flo
     bos, blocks, found = gemma.text_config(MODEL).bos_token_id, [], 0
     for first in range(0, len(sequences), Harvest().sequences):
         tokens = torch.from_numpy(sequences[first : first + Harvest().sequences]).long()
-        _, rows = harvest_block(model, tokens, [SITE], limits, bos)
+        _, rows = harvest_block(model, Span.of_text(tokens, bos), [SITE], limits)
         blocks.append(encode_bf16(rows[SITE.key]))
         found += len(blocks[-1])
         print(f"\rrows: {found:,} of {n:,}", end="", file=sys.stderr, flush=True)
@@ -70,7 +71,7 @@ def build(folder: Path, train_rows: int, heldout_rows: int) -> None:
     sequences = tokenise({"train": train_rows, "heldout": heldout_rows})
     model, bos = gemma.load(MODEL, torch.device("cpu")), gemma.text_config(MODEL).bos_token_id
     sample = torch.from_numpy(sequences["train"][: Harvest().calibration_sequences]).long()
-    calibrated = calibrate.measure(sample, gemma.capture(model, sample, [SITE]), Harvest().outlier_norm, bos)
+    calibrated = calibrate.measure(sample != bos, gemma.capture(model, sample, [SITE]), Harvest().outlier_norm)
     limits = {key: Harvest().outlier_norm * scale.median_norm for key, scale in calibrated.items()}
     train = harvest(model, sequences["train"], limits, train_rows)
     train = train[np.random.default_rng(SHUFFLE_SEED).permutation(len(train))]
