@@ -4,6 +4,7 @@ The ranks are cut into teams of one size, and each team holds some dictionaries.
 dictionary is cut in two ways (`sae.team`): its latents over *shards*, the rows of its batches over *replicas*.
 """
 
+import contextlib
 import math
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -90,9 +91,9 @@ def lay_out(recipe: Recipe, config: Any) -> Layout:
     candidates = [_cut(whole, recipe.fit.workers, *mesh) for mesh in _meshes(recipe, whole)]
     candidates.sort(key=lambda layout: (layout.replicas * layout.shards, wire(recipe, layout)))
     for layout in candidates:
-        if recipe.fit.memory_gib is None or max(workers_bytes(recipe, layout)) <= recipe.fit.memory_gib * GIB:
+        if _fits(recipe, layout):
             return layout
-    raise _nothing_fits(recipe, candidates)
+    raise _nothing_fits(recipe, whole, candidates)
 
 
 def _meshes(recipe: Recipe, whole: Layout) -> list[tuple[int, int]]:
@@ -144,18 +145,28 @@ def _cut(whole: Layout, workers: int, replicas: int, shards: int) -> Layout:
     return whole._replace(teams=teams, replicas=replicas, shards=shards)
 
 
-def _nothing_fits(recipe: Recipe, candidates: list[Layout]) -> UserError:
-    """Names the least that would have to change."""
-    best = min(max(workers_bytes(recipe, layout)) for layout in candidates) / GIB
+def _fits(recipe: Recipe, layout: Layout) -> bool:
+    budget = recipe.fit.memory_gib
+    return budget is None or max(workers_bytes(recipe, layout)) <= budget * GIB
+
+
+def _nothing_fits(recipe: Recipe, whole: Layout, candidates: list[Layout]) -> UserError:
+    """Names the least that would have to change: memory, or workers, tried in doubling numbers."""
+    least = min(max(workers_bytes(recipe, layout)) for layout in candidates) / GIB
+    enough = math.ceil(least * 10) / 10
+    remedy = f"raise fit.memory_gib to {enough:g}"
+    for factor in (2, 4, 8, 16, 32, 64):
+        workers = factor * recipe.fit.workers
+        more = recipe.model_copy(update={"fit": recipe.fit.model_copy(update={"workers": workers})})
+        with contextlib.suppress(UserError):
+            if any(_fits(more, _cut(whole, workers, *mesh)) for mesh in _meshes(more, whole)):
+                remedy += f" or fit.workers to {workers}"
+                break
     return UserError(
         "fit.memory_gib",
-        f"{recipe.fit.memory_gib:g} GiB, but a worker of the leanest layout of {recipe.fit.workers} needs {best:.1f}: "
-        f"raise fit.memory_gib to {best:.1f}{_more_workers(recipe)}, or train fewer or narrower dictionaries",
+        f"{recipe.fit.memory_gib:g} GiB, but the leanest layout of {recipe.fit.workers} workers needs {least:.2f} each: "
+        f"{remedy}, or train fewer or narrower dictionaries",
     )
-
-
-def _more_workers(recipe: Recipe) -> str:
-    return ""
 
 
 def wire(recipe: Recipe, layout: Layout) -> int:
