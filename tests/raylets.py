@@ -31,6 +31,7 @@ class Raylets:
         self.address = f"http://127.0.0.1:{dashboard}"
         self.environment = os.environ | {
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PATH": f"{RAY.parent}:{os.environ['PATH']}",
+            "RAY_health_check_timeout_ms": "60000",  # on a busy machine a slow raylet is not a dead one
         } | environment  # fmt: skip
         self.environment.pop("RAY_ADDRESS", None)
         self.nodes: list[subprocess.Popen] = []
@@ -41,7 +42,7 @@ class Raylets:
             f"--ray-client-server-port={free_port()}", f"--temp-dir={self.files}", "--dashboard-host=127.0.0.1",
             "--object-store-memory=500000000",
         )  # fmt: skip
-        self._wait_until(lambda: self.ask("/api/version"))
+        self.wait_until(lambda: self.ask("/api/version"))
 
     def start_worker(self, cpus: int, labels: dict[str, str]) -> None:
         """A node that joins the head. One at a time: two that start at once take each other's sockets."""
@@ -50,7 +51,7 @@ class Raylets:
             f"--address=127.0.0.1:{self.gcs}", f"--num-cpus={cpus}", "--object-store-memory=200000000",
             f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}",
         )  # fmt: skip
-        self._wait_until(lambda: len(self.alive()) > before)
+        self.wait_until(lambda: len(self.alive()) > before)
 
     def _start(self, *options: str) -> None:
         # Ranges and fixed defaults would collide between raylets of one machine.
@@ -66,7 +67,7 @@ class Raylets:
             )
         self.nodes.append(node)
 
-    def _wait_until(self, met: Any, seconds: float = 60) -> None:
+    def wait_until(self, met: Any, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:

@@ -1,5 +1,5 @@
-"""The shape of k8s/base for real, as raylets of this machine: a head without CPUs, nodes labelled harvest and fit,
-token authentication. One sweep is submitted to it, and loses a harvest node on its way."""
+"""The cluster of k8s/base for real, with raylets of this machine in place of pods: a head without CPUs, nodes labelled
+harvest and fit, token authentication. One sweep is submitted to it, and loses a harvest node on its way."""
 
 import json
 import subprocess
@@ -16,11 +16,13 @@ import yaml
 from cluster import recipe as recipes
 from sae import artifact
 from tests import flat_loop
+from tests.k8s.manifests import ROOT, clusters, load, of_kind
 from tests.published import tensors
-from tests.raylets import RAY, ROOT, Raylets
+from tests.raylets import RAY, Raylets
 
 pytestmark = pytest.mark.slow
-SUBMIT = ["job", "submit", "--", "python", "jobs/sweep.py"]  # as k8s/base/rayjob.yaml has it
+MANIFESTS = load("k8s/base")
+PLACEMENT = recipes.load(str(ROOT / "k8s" / "recipe.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,11 @@ def cluster(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     raylets = Raylets(tmp_path_factory.mktemp("nodes"), SCOPEWORKS_HOME=str(home), PYTHONPATH=str(ROOT))
     try:
-        raylets.start_head(cpus=0)
-        for group in ("harvest", "harvest", "fit"):
-            raylets.start_worker(1, {"ray-subcluster": group})
+        spec = clusters(MANIFESTS)["RayJob/sweep"]
+        raylets.start_head(int(spec["headGroupSpec"]["rayStartParams"]["num-cpus"]))
+        for group in spec["workerGroupSpecs"]:
+            for _ in range(group["replicas"]):
+                raylets.start_worker(1, group["labels"])
         yield raylets
     finally:
         raylets.close()
@@ -43,10 +47,10 @@ def recipe(tiny_gemma: Path, documents: Path) -> dict:
     return {
         "name": "placed", "output": "placed", "model": {"name": str(tiny_gemma)},
         "corpus": {"paths": [str(documents)], "context": 32, "train_tokens": 30_720, "heldout_tokens": 1024},
-        "harvest": {"actors": 2, "cpus": 1, "label_selector": {"ray-subcluster": "harvest"}},
+        "harvest": {"actors": 2, "cpus": 1, "label_selector": PLACEMENT.harvest.label_selector},
         "stream": {"window_sequences": 128, "batch_rows": 512},
         "sweep": [{"layers": [0, 3], "activations": ["batch_topk"], "widths": [64], "l0s": [8]}],
-        "fit": {"workers": 1, "cpus_per_worker": 1, "label_selector": {"ray-subcluster": "fit"},
+        "fit": {"workers": 1, "cpus_per_worker": 1, "label_selector": PLACEMENT.fit.label_selector,
                 "report_every_steps": 1, "checkpoint_every_steps": 10},
         "evaluation": {"loss_tokens": 256},
     }  # fmt: skip
@@ -77,15 +81,18 @@ def ran(cluster: Raylets, recipe: dict, tmp_path_factory) -> Ran:
     placed = where_things_ran(cluster)
     before, at = cluster.alive().keys(), time.time() * 1000
     cluster.kill(cluster.nodes[1])
-    (lost,) = before - wait_for_loss(cluster, len(before))
+    cluster.wait_until(lambda: len(cluster.alive()) < len(before))
+    (lost,) = before - cluster.alive().keys()
     printed, _ = job.communicate(timeout=300)
     return Ran(printed, job.returncode, output, step, lost, at, placed)
 
 
 def submit(cluster: Raylets, folder: Path, recipe: str, **environment: str) -> subprocess.Popen:
-    """Without a working folder: the code is on the nodes, as it is in the image."""
+    """The RayJob's entrypoint, without a working folder: the code is on the nodes, as it is in the image."""
+    (job,) = of_kind(MANIFESTS, "RayJob")
+    *program, _ = job["spec"]["entrypoint"].split()
     return subprocess.Popen(
-        [RAY, *SUBMIT, recipe],
+        [RAY, "job", "submit", "--", *program, recipe],
         cwd=folder,
         env=cluster.environment | {"RAY_API_SERVER_ADDRESS": cluster.address} | environment,
         stdout=subprocess.PIPE,
@@ -95,7 +102,8 @@ def submit(cluster: Raylets, folder: Path, recipe: str, **environment: str) -> s
 
 
 def wait_for_step(output: Path, step: int, job: subprocess.Popen) -> int:
-    while job.poll() is None:
+    deadline = time.monotonic() + 240
+    while job.poll() is None and time.monotonic() < deadline:
         try:
             reached = json.loads((output / "progress.json").read_text())["position"]["step"]
         except (OSError, ValueError):  # not there yet
@@ -103,13 +111,8 @@ def wait_for_step(output: Path, step: int, job: subprocess.Popen) -> int:
         if reached >= step:
             return reached
         time.sleep(0.05)
+    job.kill()
     pytest.fail(f"step {step} was not reached:\n{job.communicate()[0]}")
-
-
-def wait_for_loss(cluster: Raylets, before: int) -> set[str]:
-    while len(alive := cluster.alive()) == before:
-        time.sleep(0.1)
-    return set(alive)
 
 
 def where_things_ran(cluster: Raylets) -> dict[str, set[str]]:
