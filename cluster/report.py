@@ -12,7 +12,7 @@ import numpy as np
 from cluster.evaluate import LARGE_NORM, Evaluated
 from cluster.layout import span
 from cluster.recipe import Recipe
-from cluster.store import replace_text
+from cluster.run_folder import replace_text
 
 LEGEND_CURVES = 24  # a longer legend would cover the picture
 

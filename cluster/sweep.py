@@ -35,7 +35,7 @@ from cluster.layout import Layout, Memory, lay_out, memory, table
 from cluster.packages import GEMMA_NOTICE, is_package
 from cluster.progress import LiveLine
 from cluster.recipe import Recipe
-from cluster.store import RunFolder
+from cluster.run_folder import RunFolder
 from cluster.stream import Order
 
 INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended

@@ -20,7 +20,7 @@ from cluster.evaluate import Evaluated
 from cluster.layout import Layout
 from cluster.recipe import Recipe
 from cluster.report import draw_frequencies
-from cluster.store import RunFolder, replace_text
+from cluster.run_folder import RunFolder, replace_text
 from sae.spec import DictionarySpec
 
 logger = logging.getLogger(__name__)
