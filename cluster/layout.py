@@ -100,10 +100,11 @@ def memory(recipe: Recipe, layout: Layout, model_parameters: int) -> Memory:
 
 
 def _bank_bytes(recipe: Recipe, layout: Layout, specs: list[DictionarySpec], keys: list[str]) -> int:
-    """Parameters, gradients and Adam's two moments of all its dictionaries, and the dense pre-activations that each
-    keeps; of the one that takes most, what a step needs besides; one batch of all its sites in float32."""
+    """Parameters, gradients and Adam's two moments of all its dictionaries, the copy of all but the gradients that a
+    checkpoint is written from, and the dense pre-activations that each keeps; of the one that takes most, what a step
+    needs besides; one batch of all its sites in float32."""
     batch = recipe.stream.batch_rows
-    kept = sum(16 * layout.parameters(spec) + 4 * batch * spec.width for spec in specs)
+    kept = sum((16 + 12) * layout.parameters(spec) + 4 * batch * spec.width for spec in specs)
     passing = max(_step_bytes(spec, layout, batch) for spec in specs)
     # A site's rows, and at most two concatenations of sites that several dictionaries share.
     return kept + passing + 3 * 4 * batch * sum(layout.widths[key] for key in keys)

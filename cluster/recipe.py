@@ -78,6 +78,9 @@ class Fit(Strict):
     """One GPU a worker, rows exchanged by nccl; else CPU and gloo."""
     report_every_steps: PositiveInt = 4
     checkpoint_every_steps: PositiveInt = 50
+    """One that falls due while the one before is still being written is left out."""
+    keep_checkpoints: PositiveInt = 2
+    """The newest, so that there is one to go back to if a file of the last is damaged."""
     max_failures: int = Field(5, ge=0)
     """How often the worker group is restarted from its last checkpoint before the sweep fails."""
 
@@ -115,6 +118,8 @@ class Recipe(Strict):
     name: Name
     output: str
     """Run folder, seen by every node. A relative one is below SCOPEWORKS_HOME or the current folder."""
+    storage: str | None = None
+    """s3://bucket/prefix, in which all that must outlive this machine is kept; else the run folder is all there is."""
     seed: int = Field(0, ge=0)
     model: Model
     corpus: Corpus

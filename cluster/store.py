@@ -74,8 +74,9 @@ class FolderStore:
     """A local folder, or one of a file system that all nodes see."""
 
     def __init__(self, root: Path):
-        self.root = self.scratch = root
-        self.url = str(root)
+        self.root, self.url = root, str(root)
+        self.scratch: Path | None = root
+        root.mkdir(parents=True, exist_ok=True)
 
     def put_file(self, name: str, path: Path) -> None:
         with self._staged(name) as (staged, final):
@@ -109,8 +110,9 @@ class FolderStore:
         for name in names:
             path = self.root / name
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # others lie in it
-                path.parent.rmdir()
+            if path.parent != self.root:
+                with suppress(OSError):  # others lie in it
+                    path.parent.rmdir()
 
     def folder(self, name: str, into: Path) -> Path:
         if not (self.root / name / MANIFEST).exists():
@@ -145,7 +147,8 @@ class S3Store:
 
     def __init__(self, url: str, config: Config = PATIENT):
         parsed = urlparse(url, allow_fragments=False)
-        self.url, self.config, self.scratch = url.rstrip("/"), config, None
+        self.url, self.config = url.rstrip("/"), config
+        self.scratch: Path | None = None
         self.bucket, self.prefix = parsed.netloc, "".join(f"{part}/" for part in parsed.path.split("/") if part)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from cluster import (
-    checkpoint,
     corpus,
     end_to_end,
     evaluate,
@@ -29,6 +28,7 @@ from cluster import (
     tracking,
 )
 from cluster.calibrate import SiteScale, calibrate
+from cluster.checkpoint import Checkpoints
 from cluster.console import say, this_command
 from cluster.errors import UserError
 from cluster.layout import Layout, Memory, lay_out, memory, table
@@ -191,8 +191,9 @@ class Sweep:
 
     def _fit(self, scales: dict[str, SiteScale], runs: tracking.Runs) -> Path:
         """Trains to the end of the corpus; the folder of the last checkpoint."""
-        found = checkpoint.newest(self.folder.train)
-        checkpoint.prune(self.folder.train, keep=found)
+        checkpoints = Checkpoints.of(self.recipe, self.folder.train)
+        found = checkpoints.newest()
+        checkpoints.prune(keep=found)
         if found and found.position.done:
             return found.folder
         if found:
@@ -200,9 +201,9 @@ class Sweep:
         job = fit.Job(
             self.recipe, self.layout, scales, self.folder.tokens / "train.npy", self.folder.train, self.folder.stop
         )
-        reporter = tracking.FitReporter(runs, self.folder.progress, self.folder.spool)
+        reporter = tracking.FitReporter(runs, checkpoints, self.folder.progress, self.folder.spool)
         self._watch(job, reporter)
-        reached = checkpoint.newest(self.folder.train)
+        reached = checkpoints.newest()
         if reached and reached.position.done:
             return reached.folder
         raise Interrupted

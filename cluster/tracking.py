@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.train import Checkpoint, UserCallback
 
-from cluster.checkpoint import commit
+from cluster.checkpoint import Checkpoints, Collector
 from cluster.errors import UserError
 from cluster.evaluate import Evaluated
 from cluster.layout import Layout
@@ -142,15 +142,21 @@ class FitReporter(UserCallback):
     An outage of MLflow does not stop the fit: what could not be logged waits in `spool`, a file of JSON lines.
     """
 
-    def __init__(self, runs: Runs, progress: Path, spool: Path):
+    def __init__(self, runs: Runs, checkpoints: Checkpoints, progress: Path, spool: Path):
         self.uri, self.children, self.progress, self.spool = runs.uri, runs.children, progress, spool
+        self.checkpoints = checkpoints
+        self.collector: Collector | None = None  # like the client made where it is used: neither pickles
         self.client: Any = None
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         figures = {id: values for rank in metrics for id, values in rank["dictionaries"].items()}
-        if checkpoint is not None:
-            commit(Path(checkpoint.path), list(figures))
-        told = metrics[0] | {"dictionaries": figures, "committed": checkpoint is not None}
+        if self.collector is None:
+            self.collector = Collector(self.checkpoints)
+        self.collector.add([part for rank in metrics for part in rank["written"]], list(figures))
+        if metrics[0]["last"]:
+            self.collector.finish()
+        blocked = max(rank["blocked_by_checkpoints"] for rank in metrics)
+        told = metrics[0] | {"dictionaries": figures, "blocked_by_checkpoints": blocked}
         replace_text(self.progress, json.dumps(told) + "\n")
         step, now = metrics[0]["position"]["step"], int(time.time() * 1000)
         curves = [
