@@ -1,6 +1,7 @@
 """The recipe: one YAML file, one frozen model, and the grid of dictionaries that it expands to."""
 
 import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -14,6 +15,8 @@ from cluster.errors import UserError
 from cluster.grid import Cell, Context, FromPreset, Grid, Name, expand, nearest
 from cluster.packages import PREFIX, PUBLISHED_NAMES
 from sae.spec import DictionarySpec, Strict, Training
+
+STORAGE = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w=-][\w.=-]*)+"
 
 
 class Model(Strict):
@@ -200,6 +203,10 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise _explain(error) from error
+    if recipe.storage is not None and not re.fullmatch(STORAGE, recipe.storage):  # untold: it may hold a secret
+        raise UserError(
+            "storage", "is not s3://bucket/prefix: credentials and endpoint belong into the AWS_* variables"
+        )
     if recipe.train_sequences == 0 or recipe.heldout_sequences == 0:
         raise UserError(
             "corpus.context",

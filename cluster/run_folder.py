@@ -37,6 +37,7 @@ class RunFolder:
         self.progress = root / "progress.json"
         self.spool = root / "curves-waiting.jsonl"
         self.stop = root / "stop"
+        self.brought = root / "brought"
         self.staging = root / "staging"
         self.published = root / "published"
         self.frontier = root / "frontier.png"
@@ -80,16 +81,7 @@ class RunFolder:
     def _claim(self, recipe: Recipe) -> None:
         if not self.recipe.exists():
             return replace_text(self.recipe, recipe.to_yaml())
-        kept, now = (
-            results_of(part) for part in (yaml.safe_load(self.recipe.read_text()), recipe.model_dump(mode="json"))
-        )
-        changed = [key for key in now if kept.get(key) != now[key]]
-        if changed:
-            raise UserError(
-                "output",
-                f"{self.root} holds a sweep of another recipe ({', '.join(changed)} differs): "
-                "name another folder, or start anew with FRESH=1 or --fresh",
-            )
+        refuse_another("output", str(self.root), self.recipe, recipe)
 
     def _empty(self) -> None:
         """Removes an earlier sweep, and nothing else that lies in the folder."""
@@ -99,6 +91,18 @@ class RunFolder:
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
+
+
+def refuse_another(field: str, place: str, kept: Path, recipe: Recipe) -> None:
+    """UserError if the resolved recipe in the file `kept` gives other results than this one."""
+    then, now = (results_of(part) for part in (yaml.safe_load(kept.read_text()), recipe.model_dump(mode="json")))
+    changed = [key for key in now if then.get(key) != now[key]]
+    if changed:
+        raise UserError(
+            field,
+            f"{place} holds a sweep of another recipe ({', '.join(changed)} differs): "
+            "name another, or start anew with FRESH=1 or --fresh",
+        )
 
 
 def results_of(recipe: dict[str, Any]) -> dict[str, Any]:

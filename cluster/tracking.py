@@ -50,6 +50,8 @@ def how_to_look(folder: RunFolder) -> list[str]:
     """The command that opens MLflow, unless it is a server already, and the page that compares the dictionaries."""
     uri, known = tracking_uri(folder), json.loads(folder.runs.read_text())
     is_server = uri.startswith("http")
+    if uri.startswith("sqlite:///") and not folder.mlflow.exists():
+        return []  # the sweep was finished elsewhere, and its MLflow is a file there
     base = uri.rstrip("/") if is_server else f"http://127.0.0.1:{PORT}"
     mlflow = Path(sys.executable).with_name("mlflow")
     runs, experiments = (
@@ -84,8 +86,9 @@ class Runs:
         """Creates the parent run and its children, or finds in `path` those of an earlier attempt."""
         if path.exists():
             known = json.loads(path.read_text())
-            self.parent, self.children = known["parent"], known["children"]
-            return
+            if self._knows(known["parent"]):
+                self.parent, self.children = known["parent"], known["children"]
+                return
         self.parent = self.client.create_run(self.experiment, run_name=recipe.name).info.run_id
         self.client.log_text(self.parent, recipe.to_yaml(), "recipe.yaml")
         for rank, specs in enumerate(layout.ranks):
@@ -93,6 +96,18 @@ class Runs:
                 self.children[spec.id] = self._create_child(recipe, spec, rank)
         known = {"experiment": self.experiment, "parent": self.parent, "children": self.children}
         replace_text(path, json.dumps(known, indent=2) + "\n")
+
+    def _knows(self, run: str) -> bool:
+        """Whether the tracker has a run: one that is a file in a run folder does not know those of another machine."""
+        from mlflow.exceptions import RESOURCE_DOES_NOT_EXIST, ErrorCode, MlflowException
+
+        try:
+            self.client.get_run(run)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
+            return False
+        return True
 
     def _create_child(self, recipe: Recipe, spec: DictionarySpec, rank: int) -> str:
         from mlflow.entities import Param
@@ -106,7 +121,9 @@ class Runs:
         self.client.log_text(run, recipe.to_yaml(), "recipe.yaml")
         return run
 
-    def finish(self, summary: list[dict[str, Any]], results: dict[str, Evaluated], folder: RunFolder) -> None:
+    def finish(
+        self, summary: list[dict[str, Any]], results: dict[str, Evaluated], places: dict[str, Path], folder: RunFolder
+    ) -> None:
         """Logs the held-out figures and pictures, what still waits of the curves, and ends the runs."""
         log_curves(self.client, [], folder.spool)
         with tempfile.TemporaryDirectory() as scratch:
@@ -117,7 +134,7 @@ class Runs:
                 picture = Path(scratch, "latent_frequencies.png")
                 draw_frequencies(picture, row["id"], evaluated)
                 self.client.log_artifact(run, str(picture))
-                self.client.log_artifact(run, str(Path(row["path"], "config.json")))
+                self.client.log_artifact(run, str(places[row["id"]] / "config.json"))
         self.client.log_artifact(self.parent, str(folder.frontier))
         self.client.log_dict(self.parent, {"dictionaries": summary}, "summary.json")
         self.close("FINISHED")
