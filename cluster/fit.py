@@ -133,6 +133,9 @@ class Rank:
         self.writer = Writer(job.checkpoints.store)
         self.attempt = ""
         self.seconds_blocked = 0.0
+        """In which the loop stood still for checkpoints."""
+        self.seconds_after = 0.0
+        """In which the last was written, when the loop was over."""
 
     def restore(self) -> None:
         """Takes over the newest checkpoint, on which rank 0 decides."""
@@ -205,9 +208,11 @@ class Rank:
             states = {dictionary.spec.id: dictionary.state() for dictionary in self.bank}
             name = checkpoint.name(position.step, self.attempt)
             self.writer.start(name, states, position if self.number == 0 else None)
-        self.seconds_blocked += time.monotonic() - started
         if last:
             self.writer.finish()
+            self.seconds_after += time.monotonic() - started
+        else:
+            self.seconds_blocked += time.monotonic() - started
 
     def _any(self, mine: bool) -> bool:
         """Whether it is so at any rank."""
@@ -217,7 +222,7 @@ class Rank:
 
     def report(self, position: Position, *, last: bool) -> None:
         """Tells the controller how the fit goes and what was written; a barrier of all ranks."""
-        seconds = time.monotonic() - self.started
+        seconds = time.monotonic() - self.started - self.seconds_after
         ray.train.report(
             {
                 "position": position._asdict(),

@@ -18,8 +18,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from cluster.console import say
 from cluster.errors import UserError
 from cluster.store import IMPATIENT, Exists, Missing, S3Store
@@ -55,12 +53,11 @@ class Claim:
         self.store = S3Store(store.url, IMPATIENT)
         self.name = ""
         self.ended = threading.Event()
-        process = psutil.Process()
         self.content = {
             "host": platform.node(),
             "machine": machine(),
-            "pid": process.pid,
-            "started": process.create_time(),
+            "pid": os.getpid(),
+            "started": started(os.getpid()),
             "id": uuid.uuid4().hex,
             "beat": 0,
             "released": False,
@@ -129,12 +126,7 @@ def _is_gone(content: dict[str, Any]) -> bool:
     """Whether an owner has ended for certain: it said so, or it was a process of this machine that is no more."""
     if content.get("released"):
         return True
-    if content.get("machine") != machine():
-        return False
-    try:
-        return psutil.Process(content["pid"]).create_time() != content["started"]
-    except psutil.NoSuchProcess:
-        return True
+    return content.get("machine") == machine() and started(content["pid"]) != content["started"]
 
 
 def machine() -> str:
@@ -144,6 +136,15 @@ def machine() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return uuid.uuid4().hex
+
+
+def started(pid: int) -> str:
+    """When a process was started, in ticks since the boot, which no setting of the clock moves; empty if it is gone."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else fields[18]
 
 
 def _in_use(store: S3Store, holder: str) -> UserError:

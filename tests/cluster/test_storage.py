@@ -129,7 +129,7 @@ class Owner:
             os.dup2(told, 1)
             if machine:
                 owner.machine = lambda: machine
-            owner.BEAT_SECONDS, owner.LEASE_SECONDS = 0.2, 1.5
+            owner.BEAT_SECONDS, owner.LEASE_SECONDS = 0.2, 4.0
             try:
                 with owner.owned(S3Store(url)):
                     say("owner")
@@ -203,8 +203,16 @@ def test_an_owner_elsewhere__is_believed_while_it_beats_and_followed_after_its_l
 def test_a_process_id_that_was_given_again__is_not_the_owner() -> None:
     claim = owner.Claim(S3Store("s3://runs/x")).content
     assert not owner._is_gone(claim)
-    assert owner._is_gone(claim | {"started": claim["started"] - 1})
-    assert not owner._is_gone(claim | {"started": 0, "machine": "another"})
+    assert owner._is_gone(claim | {"started": str(int(claim["started"]) - 1)})
+    assert not owner._is_gone(claim | {"started": "0", "machine": "another"})
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    while Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    assert owner.started(child) == ""  # dead, though nobody has asked for its exit code
+    os.waitpid(child, 0)
+    assert owner.started(child) == ""
 
 
 # ---- what is kept
