@@ -28,7 +28,7 @@ from cluster import gemma
 from cluster.calibrate import kept
 from cluster.errors import UserError
 from cluster.recipe import Recipe, below_home
-from cluster.store import replace_text
+from cluster.run_folder import replace_text
 from cluster.tokens import roles_path
 from sae import artifact
 from sae.sites import Site

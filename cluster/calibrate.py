@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cluster import gemma
 from cluster.recipe import Recipe
-from cluster.store import replace_text
+from cluster.run_folder import replace_text
 from cluster.tokens import Sequences
 from sae.sites import Site
 

@@ -1,6 +1,5 @@
 """Fit: the Ray Train job. Each rank trains the dictionaries of its own sites on all rows of the stream."""
 
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -11,14 +10,14 @@ import ray.data
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from cluster import checkpoint, harvest, start
 from cluster.cache import Cache
 from cluster.calibrate import SiteScale
-from cluster.checkpoint import Position
+from cluster.checkpoint import Checkpoints, Position, Writer
 from cluster.exchange import Share, exchange
 from cluster.layout import Layout
 from cluster.mesh import team_of
@@ -43,12 +42,16 @@ class Job(NamedTuple):
     stop_file: Path
     """Its presence asks the ranks to checkpoint and return."""
 
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints.of(self.recipe, self.train_folder)
+
     def stream(self) -> ray.data.Dataset:
         """The activation rows from the first window that the newest checkpoint has not wholly consumed.
 
         Ray Train calls this again at every restart of the worker group.
         """
-        order, committed = Order.of(self.recipe), checkpoint.newest(self.train_folder)
+        order, committed = Order.of(self.recipe), self.checkpoints.newest()
         first = order.blocks_of(committed.position.window).start if committed else 0
         sites = self.layout.sites
         return harvest.activations(self.recipe, sites, self.scales, self.tokens_path, self.cache, first, order.blocks)
@@ -99,9 +102,8 @@ def run(job: Job, reporter: FitReporter, attempt: str) -> None:
         ),
         run_config=RunConfig(
             name=attempt,
-            storage_path=str(job.train_folder),
+            storage_path=str(job.train_folder / "ray"),
             failure_config=FailureConfig(max_failures=fit.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
             callbacks=[reporter],  # type: ignore[list-item]  # Ray's annotation names Tune's callbacks
         ),
     ).fit()
@@ -119,9 +121,9 @@ def fit_worker(config: dict[str, Job]) -> None:
             stop = rank.stop_requested()
             last = stop or after.done
             if last or after.step % job.recipe.fit.checkpoint_every_steps == 0:
-                rank.report(after, with_checkpoint=True)
-            elif after.step % job.recipe.fit.report_every_steps == 0:
-                rank.report(after, with_checkpoint=False)
+                rank.checkpoint(after, last=last)
+            if last or after.step % job.recipe.fit.report_every_steps == 0:
+                rank.report(after, last=last)
             if last:
                 return
 
@@ -138,12 +140,22 @@ class Rank:
         self.position = Position()
         self.started = time.monotonic()
         self.rows_at_start = 0
+        self.writer = Writer(job.checkpoints.store)
+        self.attempt = ""
+        self.seconds_blocked = 0.0
+        """In which the loop stood still for checkpoints."""
+        self.seconds_after = 0.0
+        """In which the last was written, when the loop was over."""
 
     def restore(self) -> None:
         """Takes over the newest checkpoint, on which rank 0 decides."""
-        found = [checkpoint.newest(self.job.train_folder) if self.number == 0 else None]
+        found: list[Any] = [None, uuid.uuid4().hex[:8]]
+        if self.number == 0:
+            self.job.checkpoints.discard_staged()
+            found[0] = self.job.checkpoints.newest()
         dist.broadcast_object_list(found, src=0)
-        if (committed := found[0]) is not None:
+        committed, self.attempt = found
+        if committed is not None:
             self.position = committed.position
             self.rows_at_start = committed.position.rows
             for dictionary in self.bank:
@@ -199,22 +211,37 @@ class Rank:
         dist.broadcast(asked, src=0)
         return bool(asked)
 
-    def report(self, position: Position, *, with_checkpoint: bool) -> None:
-        """Tells the controller how the fit goes; a barrier of all ranks."""
-        figures = {dictionary.spec.id: dictionary.sums.take() for dictionary in self.bank}
-        rate = (position.rows - self.rows_at_start) / (time.monotonic() - self.started)
-        metrics = {
-            "position": position._asdict(),
-            "rows_per_second": rate,
-            "dictionaries": figures,
-            "parts": [self._part(dictionary) for dictionary in self.bank],
-        }
-        if not with_checkpoint:
-            return ray.train.report(metrics)
-        name = [f"step-{position.step:09d}-{uuid.uuid4().hex[:8]}"]  # a folder is never written twice
-        dist.broadcast_object_list(name, src=0)
-        with tempfile.TemporaryDirectory() as folder:
+    def checkpoint(self, position: Position, *, last: bool) -> None:
+        """Starts to write one, unless a rank still writes the one before; the last is waited for."""
+        started = time.monotonic()
+        if last or not self._any(self.writer.busy):
             writes = self.place.replica == 0  # the others' states are the same
             states = {self._part(dictionary): dictionary.state() for dictionary in self.bank} if writes else {}
-            checkpoint.stage(Path(folder), states, position)
-            ray.train.report(metrics, ray.train.Checkpoint.from_directory(folder), checkpoint_dir_name=name[0])
+            name = checkpoint.name(position.step, self.attempt)
+            self.writer.start(name, states, position if self.number == 0 else None)
+        if last:
+            self.writer.finish()
+            self.seconds_after += time.monotonic() - started
+        else:
+            self.seconds_blocked += time.monotonic() - started
+
+    def _any(self, mine: bool) -> bool:
+        """Whether it is so at any rank."""
+        flag = torch.tensor([mine], dtype=torch.uint8)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def report(self, position: Position, *, last: bool) -> None:
+        """Tells the controller how the fit goes and what was written; a barrier of all ranks."""
+        seconds = time.monotonic() - self.started - self.seconds_after
+        ray.train.report(
+            {
+                "position": position._asdict(),
+                "last": last,
+                "rows_per_second": (position.rows - self.rows_at_start) / seconds,
+                "blocked_by_checkpoints": self.seconds_blocked / seconds,
+                "dictionaries": {dictionary.spec.id: dictionary.sums.take() for dictionary in self.bank},
+                "parts": [self._part(dictionary) for dictionary in self.bank],
+                "written": self.writer.take(),
+            }
+        )

@@ -164,8 +164,8 @@ def _nothing_fits(recipe: Recipe, whole: Layout, candidates: list[Layout]) -> Us
                 break
     return UserError(
         "fit.memory_gib",
-        f"{recipe.fit.memory_gib:g} GiB, but the leanest layout of {recipe.fit.workers} workers needs {least:.2f} each: "
-        f"{remedy}, or train fewer or narrower dictionaries",
+        f"{recipe.fit.memory_gib:g} GiB, but the leanest layout of {recipe.fit.workers} workers needs {least:.2f} "
+        f"each: {remedy}, or train fewer or narrower dictionaries",
     )
 
 
@@ -223,11 +223,11 @@ def workers_bytes(recipe: Recipe, layout: Layout) -> list[int]:
 
 
 def _bank_bytes(recipe: Recipe, layout: Layout, team: int) -> int:
-    """Parameters, gradients and Adam's two moments of its parts of all the team's dictionaries, and the dense
-    pre-activations that each keeps; of the one that takes most, what a step needs besides; its rows of one batch of all
-    its sites in float32."""
+    """Parameters, gradients and Adam's two moments of its parts of all the team's dictionaries, the copy of all but the
+    gradients that a checkpoint is written from, and the dense pre-activations that each keeps; of the one that takes
+    most, what a step needs besides; its rows of one batch of all its sites in float32."""
     specs, rows = layout.teams[team], math.ceil(recipe.stream.batch_rows / layout.replicas)
-    kept = sum(16 * layout.parameters(spec) + 4 * rows * spec.width for spec in specs) // layout.shards
+    kept = sum((16 + 12) * layout.parameters(spec) + 4 * rows * spec.width for spec in specs) // layout.shards
     passing = max(_step_bytes(spec, layout, rows) for spec in specs)
     # A site's rows, and at most two concatenations of sites that several dictionaries share.
     return kept + passing + 3 * 4 * rows * sum(layout.widths[key] for key in layout.keys(team))

@@ -1,6 +1,7 @@
 """The recipe: one YAML file, one frozen model, and the grid of dictionaries that it expands to."""
 
 import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -22,6 +23,7 @@ LabelSelector = dict[LabelKey, Annotated[str, Field(pattern=rf"^{LABEL}$")]]
 STATIC_TOKENS = 4
 """Of a chat: `<bos><start_of_turn>user\\n`, the same in every sequence and not trained on (*published*: Gemma Scope 2's
 dictionaries of the instruction-tuned models)."""
+STORAGE = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w=-][\w.=-]*)+"
 
 
 class Model(Strict):
@@ -123,6 +125,9 @@ class Fit(Strict):
     """Of the nodes that run the ranks."""
     report_every_steps: PositiveInt = 4
     checkpoint_every_steps: PositiveInt = 50
+    """One that falls due while the one before is still being written is left out."""
+    keep_checkpoints: PositiveInt = 2
+    """The newest, so that there is one to go back to if a file of the last is damaged."""
     max_failures: int = Field(5, ge=0)
     """How often the worker group is restarted from its last checkpoint before the sweep fails."""
 
@@ -160,6 +165,8 @@ class Recipe(Strict):
     name: Name
     output: str
     """Run folder, seen by every node. A relative one is below SCOPEWORKS_HOME or the current folder."""
+    storage: str | None = None
+    """s3://bucket/prefix, in which all that must outlive this machine is kept; else the run folder is all there is."""
     seed: int = Field(0, ge=0)
     model: Model
     corpus: Corpus
@@ -248,6 +255,10 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise _explain(error) from error
+    if recipe.storage is not None and not re.fullmatch(STORAGE, recipe.storage):  # untold: it may hold a secret
+        raise UserError(
+            "storage", "is not s3://bucket/prefix: credentials and endpoint belong into the AWS_* variables"
+        )
     if recipe.train_sequences == 0 or recipe.heldout_sequences == 0:
         raise UserError(
             "corpus.context",

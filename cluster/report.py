@@ -12,13 +12,13 @@ import numpy as np
 from cluster.evaluate import LARGE_NORM, Evaluated
 from cluster.layout import span
 from cluster.recipe import Recipe
-from cluster.store import replace_text
+from cluster.run_folder import replace_text
 
 LEGEND_CURVES = 24  # a longer legend would cover the picture
 
 
 def rows(
-    recipe: Recipe, results: dict[str, Evaluated], folders: dict[str, Path], rows_per_second: float
+    recipe: Recipe, results: dict[str, Evaluated], places: dict[str, str], rows_per_second: float
 ) -> list[dict[str, Any]]:
     """One row a dictionary, with every figure of the table."""
     return [
@@ -27,7 +27,7 @@ def rows(
             "activation": spec.activation, "width": spec.width, "l0_target": spec.l0,
         }
         | results[spec.id].scores._asdict()
-        | {"rows_per_second": rows_per_second, "path": str(folders[spec.id])}
+        | {"rows_per_second": rows_per_second, "path": places[spec.id]}
         for spec in recipe.specs()
     ]  # fmt: skip
 

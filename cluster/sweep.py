@@ -14,7 +14,6 @@ from typing import Any
 
 from cluster import (
     cache,
-    checkpoint,
     corpus,
     end_to_end,
     evaluate,
@@ -24,16 +23,19 @@ from cluster import (
     report,
     session,
     start,
+    storage,
     tracking,
 )
 from cluster.calibrate import SiteScale, calibrate
+from cluster.checkpoint import Checkpoints
 from cluster.console import say, this_command
 from cluster.errors import UserError
 from cluster.layout import Layout, Memory, lay_out, memory, table
 from cluster.packages import GEMMA_NOTICE, is_package
 from cluster.progress import LiveLine
 from cluster.recipe import Recipe
-from cluster.store import RunFolder
+from cluster.run_folder import RunFolder
+from cluster.storage import Storage
 from cluster.stream import Order
 
 INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
@@ -52,26 +54,28 @@ def run(recipe: Recipe, *, fresh: bool) -> int:
     """Plans, fits, evaluates and publishes, printing as it goes. Returns the exit code; UserError before anything is
     started if something in the recipe or the surroundings cannot work."""
     folder = RunFolder(recipe.folder())
+    kept = Storage(recipe, folder)
     tracking.check_reachable()
+    storage.check(recipe)
     layout = _plan(recipe)
-    with folder.owned(recipe, fresh=fresh):
-        if folder.summary.exists():
-            say(f"\nfinished before (FRESH=1 or --fresh runs it anew)\n\n{_closing(folder)}")
+    with folder.owned(recipe, fresh=fresh), kept.owned(fresh=fresh):
+        if kept.finished():
+            say(f"\nfinished before (FRESH=1 or --fresh runs it anew)\n\n{_closing(folder, kept)}")
             return 0
         say(f"details  {folder.log}")
         stop = Stop(folder.stop)
         try:
             with stop.listening(), session.session(recipe, folder.log):
-                Sweep(recipe, layout, folder, stop).run()
+                Sweep(recipe, layout, folder, kept, stop).run()
         except Interrupted:
-            say(f"stopped; what is done is kept in {folder.root}. Resume with: {this_command()}")
+            say(f"stopped; what is done is kept in {recipe.storage or folder.root}. Resume with: {this_command()}")
             return INTERRUPTED
         except UserError:
             raise
         except Exception as error:
             say(_explain_failure(error, folder.log))
             return 1
-        say(f"\n{_closing(folder)}")
+        say(f"\n{_closing(folder, kept)}")
         return 0
 
 
@@ -149,20 +153,20 @@ class Stop:
 class Sweep:
     """The stages, inside a Ray session."""
 
-    def __init__(self, recipe: Recipe, layout: Layout, folder: RunFolder, stop: Stop):
-        self.recipe, self.layout, self.folder, self.stop = recipe, layout, folder, stop
+    def __init__(self, recipe: Recipe, layout: Layout, folder: RunFolder, kept: Storage, stop: Stop):
+        self.recipe, self.layout, self.folder, self.kept, self.stop = recipe, layout, folder, kept, stop
         self.seconds: dict[str, float] = {}
 
     def run(self) -> None:
-        with self._stage("corpus"):
+        with self._stage("corpus"), self.kept.folder("tokens", self.folder.tokens):
             corpus.build(self.recipe, self.folder.tokens)
             self.cache = cache.claim(self.recipe, self.layout.sites, self.folder.tokens / "train.npy")
         if self.cache:
             say(f"cache    {self.cache.blocks():,} blocks of rows are in {self.cache.folder}")
-        with self._stage("calibrate"):
+        with self._stage("calibrate"), self.kept.files("calibration", self.folder.calibration):
             tokens_path = self.folder.tokens / "train.npy"
             scales = calibrate(self.recipe, self.layout.sites, tokens_path, self.folder.calibration)
-        with self._stage("tracking"):
+        with self._stage("tracking"), self.kept.files("mlflow", self.folder.runs):
             runs = tracking.Runs(self.recipe, self.folder)
             runs.open(self.recipe, self.layout, self.folder.runs)
         try:
@@ -185,17 +189,19 @@ class Sweep:
         with self._stage("publish"):
             shutil.rmtree(self.folder.published, ignore_errors=True)
             publish.publish(self.recipe, self.folder.staging, self.folder.published, results)
-            rate = json.loads(self.folder.progress.read_text())["rows_per_second"]
-            summary = report.rows(self.recipe, results, publish.folders(self.recipe, self.folder.published), rate)
+            self.kept.publish()
+            summary = report.rows(self.recipe, results, self.kept.places(), self._rows_per_second())
             report.draw_frontier(self.folder.frontier, self.recipe, summary)
-            runs.finish(summary, results, self.folder)
+            runs.finish(summary, results, publish.folders(self.recipe, self.folder.published), self.folder)
         report.write_summary(self.folder.summary, self.recipe, summary, self.seconds)
+        self.kept.finish()
         shutil.rmtree(self.folder.train)  # the published weights are what is left of the checkpoints
 
     def _fit(self, scales: dict[str, SiteScale], runs: tracking.Runs) -> Path:
         """Trains to the end of the corpus; the folder of the last checkpoint."""
-        found = checkpoint.newest(self.folder.train)
-        checkpoint.prune(self.folder.train, keep=found)
+        checkpoints = Checkpoints.of(self.recipe, self.folder.train)
+        found = checkpoints.newest()
+        checkpoints.prune(keep=found)
         if found and found.position.done:
             return found.folder
         if found:
@@ -209,12 +215,22 @@ class Sweep:
             self.folder.train,
             self.folder.stop,
         )
-        reporter = tracking.FitReporter(runs, self.folder.progress, self.folder.spool)
+        reporter = tracking.FitReporter(runs, checkpoints, self.folder.progress, self.folder.spool)
         self._watch(job, reporter)
-        reached = checkpoint.newest(self.folder.train)
+        if self.folder.progress.exists():
+            blocked = json.loads(self.folder.progress.read_text())["blocked_by_checkpoints"]
+            say(f"checkpoints held the fit up for {blocked:.2%} of its time")
+        reached = checkpoints.newest()
         if reached and reached.position.done:
             return reached.folder
-        raise Interrupted
+        if self.stop.requested:
+            raise Interrupted
+        raise SweepFailed("its last checkpoint is not whole")
+
+    def _rows_per_second(self) -> float:
+        """Of the last attempt to fit; 0 if that was on another machine."""
+        told = self.folder.progress
+        return json.loads(told.read_text())["rows_per_second"] if told.exists() else 0.0
 
     def _watch(self, job: fit.Job, reporter: tracking.FitReporter) -> None:
         """Runs the fit in a thread, since it blocks, and draws the live line meanwhile."""
@@ -263,12 +279,12 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
 
 
-def _closing(folder: RunFolder) -> str:
+def _closing(folder: RunFolder, kept: Storage) -> str:
     """The table, and where to look next."""
     lines = [
         report.table(json.loads(folder.summary.read_text())["dictionaries"]),
         "",
-        f"published  {folder.published}",
+        f"published  {kept.published()}",
         f"picture    {folder.frontier}",
         f"summary    {folder.summary}",
         *tracking.how_to_look(folder),

@@ -14,13 +14,13 @@ from typing import Any
 
 from ray.train import Checkpoint, UserCallback
 
-from cluster.checkpoint import commit
+from cluster.checkpoint import Checkpoints, Collector
 from cluster.errors import UserError
 from cluster.evaluate import Evaluated
 from cluster.layout import Layout
 from cluster.recipe import Recipe
 from cluster.report import draw_frequencies
-from cluster.store import RunFolder, replace_text
+from cluster.run_folder import RunFolder, replace_text
 from sae.spec import DictionarySpec
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ def how_to_look(folder: RunFolder) -> list[str]:
     """The command that opens MLflow, unless it is a server already, and the page that compares the dictionaries."""
     uri, known = tracking_uri(folder), json.loads(folder.runs.read_text())
     is_server = uri.startswith("http")
+    if uri.startswith("sqlite:///") and not folder.mlflow.exists():
+        return []  # the sweep was finished elsewhere, and its MLflow is a file there
     base = uri.rstrip("/") if is_server else f"http://127.0.0.1:{PORT}"
     mlflow = Path(sys.executable).with_name("mlflow")
     runs, experiments = (
@@ -84,8 +86,9 @@ class Runs:
         """Creates the parent run and its children, or finds in `path` those of an earlier attempt."""
         if path.exists():
             known = json.loads(path.read_text())
-            self.parent, self.children = known["parent"], known["children"]
-            return
+            if self._knows(known["parent"]):
+                self.parent, self.children = known["parent"], known["children"]
+                return
         self.parent = self.client.create_run(self.experiment, run_name=recipe.name).info.run_id
         self.client.log_text(self.parent, recipe.to_yaml(), "recipe.yaml")
         for team, specs in enumerate(layout.teams):
@@ -93,6 +96,18 @@ class Runs:
                 self.children[spec.id] = self._create_child(recipe, spec, team)
         known = {"experiment": self.experiment, "parent": self.parent, "children": self.children}
         replace_text(path, json.dumps(known, indent=2) + "\n")
+
+    def _knows(self, run: str) -> bool:
+        """Whether the tracker has a run: one that is a file in a run folder does not know those of another machine."""
+        from mlflow.exceptions import RESOURCE_DOES_NOT_EXIST, ErrorCode, MlflowException
+
+        try:
+            self.client.get_run(run)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
+            return False
+        return True
 
     def _create_child(self, recipe: Recipe, spec: DictionarySpec, team: int) -> str:
         from mlflow.entities import Param
@@ -106,7 +121,9 @@ class Runs:
         self.client.log_text(run, recipe.to_yaml(), "recipe.yaml")
         return run
 
-    def finish(self, summary: list[dict[str, Any]], results: dict[str, Evaluated], folder: RunFolder) -> None:
+    def finish(
+        self, summary: list[dict[str, Any]], results: dict[str, Evaluated], places: dict[str, Path], folder: RunFolder
+    ) -> None:
         """Logs the held-out figures and pictures, what still waits of the curves, and ends the runs."""
         log_curves(self.client, [], folder.spool)
         with tempfile.TemporaryDirectory() as scratch:
@@ -117,7 +134,7 @@ class Runs:
                 picture = Path(scratch, "latent_frequencies.png")
                 draw_frequencies(picture, row["id"], evaluated)
                 self.client.log_artifact(run, str(picture))
-                self.client.log_artifact(run, str(Path(row["path"], "config.json")))
+                self.client.log_artifact(run, str(places[row["id"]] / "config.json"))
         self.client.log_artifact(self.parent, str(folder.frontier))
         self.client.log_dict(self.parent, {"dictionaries": summary}, "summary.json")
         self.close("FINISHED")
@@ -142,15 +159,22 @@ class FitReporter(UserCallback):
     An outage of MLflow does not stop the fit: what could not be logged waits in `spool`, a file of JSON lines.
     """
 
-    def __init__(self, runs: Runs, progress: Path, spool: Path):
+    def __init__(self, runs: Runs, checkpoints: Checkpoints, progress: Path, spool: Path):
         self.uri, self.children, self.progress, self.spool = runs.uri, runs.children, progress, spool
+        self.checkpoints = checkpoints
+        self.collector: Collector | None = None  # like the client made where it is used: neither pickles
         self.client: Any = None
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         figures = {id: values for rank in metrics for id, values in rank["dictionaries"].items()}
-        if checkpoint is not None:
-            commit(Path(checkpoint.path), [part for rank in metrics for part in rank["parts"]])
-        told = metrics[0] | {"dictionaries": figures, "committed": checkpoint is not None}
+        if self.collector is None:
+            self.collector = Collector(self.checkpoints)
+        written = [part for rank in metrics for part in rank["written"]]
+        self.collector.add(written, [name for rank in metrics for name in rank["parts"]])
+        if metrics[0]["last"]:
+            self.collector.finish()
+        blocked = max(rank["blocked_by_checkpoints"] for rank in metrics)
+        told = metrics[0] | {"dictionaries": figures, "blocked_by_checkpoints": blocked}
         replace_text(self.progress, json.dumps(told) + "\n")
         step, now = metrics[0]["position"]["step"], int(time.time() * 1000)
         curves = [

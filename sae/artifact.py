@@ -110,30 +110,36 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def listed(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def manifest(files: dict[str, dict[str, Any]]) -> str:
+    """The manifest of files that are `listed` by their names."""
+    return json.dumps({"files": dict(sorted(files.items()))}, indent=2) + "\n"
+
+
 def seal(folder: Path) -> None:
     """Writes the manifest of every file in the folder; without it nothing reads the folder."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
-    }
+    files = {path.name: listed(path) for path in folder.iterdir() if path.name != MANIFEST}
     staged = folder / f"{MANIFEST}.staged"
-    staged.write_text(json.dumps({"files": files}, indent=2) + "\n")
+    staged.write_text(manifest(files))
     staged.rename(folder / MANIFEST)
 
 
 def verify(folder: Path) -> None:
     """Raises ArtifactError unless the manifest is there and every file is what it says."""
-    for name, listed in _manifest(folder).items():
+    for name, entry in listing(folder).items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != listed.bytes or sha256(path) != listed.sha256:
+        if not path.is_file() or path.stat().st_size != entry.bytes or sha256(path) != entry.sha256:
             raise ArtifactError(f"{path}: not the file that {MANIFEST} lists")
 
 
 def read(folder: Path) -> tuple[Dictionary, dict[str, Any]]:
     """The dictionary and config of a verified artifact; ArtifactError for anything else."""
     verify(folder)
-    unlisted = {CONFIG, *(path.name for path in folder.glob("params*"))} - _manifest(folder).keys()
+    unlisted = {CONFIG, *(path.name for path in folder.glob("params*"))} - listing(folder).keys()
     if unlisted:
         raise ArtifactError(f"{folder}: {MANIFEST} does not list {sorted(unlisted)}")
     return read_gemma_scope_2(folder)
@@ -267,9 +273,13 @@ def _n_sites(folder: Path, settings: Settings) -> int:
     return max(1, len([*folder.glob("params_layer_*")])) if braces[1] == "all" else len(braces[1].split(","))
 
 
-def _manifest(folder: Path) -> dict[str, Listed]:
-    """What the manifest lists, by file name."""
+def listing(folder: Path) -> dict[str, Listed]:
+    """What the manifest lists, by file name; ArtifactError if it is not there or names anything outside the folder."""
     try:
-        return TypeAdapter(dict[str, Listed]).validate_python(strict.read_json(folder / MANIFEST)["files"])
+        files = TypeAdapter(dict[str, Listed]).validate_python(strict.read_json(folder / MANIFEST)["files"])
     except (ValueError, KeyError) as error:
         raise ArtifactError(f"{folder}: no sound {MANIFEST} ({error})") from error
+    for name in files:
+        if not re.fullmatch(r"\w[\w.=+-]*", name):
+            raise ArtifactError(f"{folder}: {MANIFEST} names {name!r}, which is no file of its folder")
+    return files

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 from pathlib import Path
 
@@ -132,3 +133,24 @@ def tiny_recipe(tiny_gemma: Path, documents: Path, tmp_path: Path) -> dict:
         "fit": {"workers": 2, "cpus_per_worker": 0.5, "report_every_steps": 2, "checkpoint_every_steps": 10},
         "evaluation": {"loss_tokens": 512},
     }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    from tests.s3_server import S3Server
+
+    folder = tmp_path_factory.mktemp("s3")
+    server = S3Server(folder)
+    server.start()
+    yield server
+    server.kill()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def s3(s3_server):
+    """A client of the S3 server, and for the length of a module the environment through which AWS clients find it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in s3_server.environment.items():
+            patch.setenv(key, value)
+        yield s3_server.client()

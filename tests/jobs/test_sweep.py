@@ -206,7 +206,11 @@ def test_mlflow_goes_away__the_fit_goes_on_and_no_point_is_lost(sweep: dict, run
 def serve(command: list[str], folder: Path, url: str) -> subprocess.Popen:
     """Starts an MLflow server in a process group of its own."""
     server = subprocess.Popen(command, cwd=folder, start_new_session=True, stderr=subprocess.DEVNULL)
-    wait_for(f"{url}/health")
+    try:
+        wait_for(f"{url}/health")
+    except pytest.fail.Exception:
+        os.killpg(server.pid, signal.SIGKILL)
+        raise
     return server
 
 
