@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -139,10 +140,17 @@ class Owner:
             os._exit(0)
         os.close(asked)
         os.close(told)
-        self.output = os.fdopen(output)
+        self.output = output
 
     def says(self) -> str:
-        return self.output.readline().strip()
+        """Its next line."""
+        line = b""
+        while not line.endswith(b"\n"):
+            assert select.select([self.output], [], [], 60)[0], "says nothing"
+            byte = os.read(self.output, 1)
+            assert byte, f"ended after {line!r}"
+            line += byte
+        return line.decode().strip()
 
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
