@@ -51,7 +51,10 @@ def test_a_storage_that_is_no_prefix_of_a_bucket__is_refused_and_not_repeated(ti
 WRONG = {
     "wrong secret": ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, "cannot be written.*AWS_SECRET_ACCESS_KEY"),
     "unknown key": ({"AWS_ACCESS_KEY_ID": "nobody"}, "cannot be written.*AWS_ACCESS_KEY_ID"),
-    "no server": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "127.0.0.1:9 is not reachable.*AWS_ENDPOINT_URL"),
+    "no server": (
+        {"AWS_ENDPOINT_URL": "http://me:wrong-secret@127.0.0.1:9"},
+        "127.0.0.1:9 is not reachable.*AWS_ENDPOINT_URL",
+    ),
     "no URL": ({"AWS_ENDPOINT_URL": "nonsense"}, "cannot be used"),
 }
 
