@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -50,7 +51,10 @@ def test_a_storage_that_is_no_prefix_of_a_bucket__is_refused_and_not_repeated(ti
 WRONG = {
     "wrong secret": ({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, "cannot be written.*AWS_SECRET_ACCESS_KEY"),
     "unknown key": ({"AWS_ACCESS_KEY_ID": "nobody"}, "cannot be written.*AWS_ACCESS_KEY_ID"),
-    "no server": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "127.0.0.1:9 is not reachable.*AWS_ENDPOINT_URL"),
+    "no server": (
+        {"AWS_ENDPOINT_URL": "http://me:wrong-secret@127.0.0.1:9"},
+        "127.0.0.1:9 is not reachable.*AWS_ENDPOINT_URL",
+    ),
     "no URL": ({"AWS_ENDPOINT_URL": "nonsense"}, "cannot be used"),
 }
 
@@ -139,10 +143,17 @@ class Owner:
             os._exit(0)
         os.close(asked)
         os.close(told)
-        self.output = os.fdopen(output)
+        self.output = output
 
     def says(self) -> str:
-        return self.output.readline().strip()
+        """Its next line."""
+        line = b""
+        while not line.endswith(b"\n"):
+            assert select.select([self.output], [], [], 60)[0], "says nothing"
+            byte = os.read(self.output, 1)
+            assert byte, f"ended after {line!r}"
+            line += byte
+        return line.decode().strip()
 
     def send(self, number: int) -> None:
         os.kill(self.pid, number)

@@ -17,13 +17,13 @@ WAIT = 900  # seconds, of which a busy machine needs many
 
 @pytest.fixture
 def sweep(tiny_recipe: dict) -> dict:
-    """Three dictionaries of two ranks in 64 steps."""
+    """Three dictionaries of two ranks in 480 steps."""
     grids = [
         {"layers": [0], "activations": ["batch_topk", "jumprelu"], "widths": [64], "l0s": [8]},
         {"kind": "clt", "layers": [0, 1, 2, 3], "activations": ["batch_topk"], "widths": [64], "l0s": [8]},
     ]
-    corpus = tiny_recipe["corpus"] | {"train_tokens": 32_768, "heldout_tokens": 1024}
-    return tiny_recipe | {"sweep": grids, "corpus": corpus}
+    stream = tiny_recipe["stream"] | {"batch_rows": 128}
+    return tiny_recipe | {"sweep": grids, "stream": stream, "fit": tiny_recipe["fit"] | {"report_every_steps": 40}}
 
 
 def digests(params: dict[str, bytes]) -> dict[str, str]:
@@ -41,7 +41,8 @@ def test_server_and_machine_die__another_machine_resumes_with_the_same_weights(
 
     url = f"s3://runs/{uuid.uuid4().hex}"
     kept = sweep | {"storage": url}
-    first = run_job(kept | {"output": str(tmp_path / "first")})
+    slow = sweep["fit"] | {"report_every_steps": 1}  # a report takes 0.1 s: there is time for all that happens
+    first = run_job(kept | {"output": str(tmp_path / "first"), "fit": slow})
     first.wait_for_step(14, WAIT)
     s3_server.kill()
     time.sleep(3)
