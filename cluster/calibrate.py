@@ -51,7 +51,7 @@ def measure(tokens: Tensor, captured: dict[Site, Tensor], outlier_norm: float, b
 def _calibrate(recipe: Recipe, sites: list[Site], tokens: np.ndarray) -> dict[str, SiteScale]:
     device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
     torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
-    model = gemma.load(recipe.model, device)
+    model = gemma.load_trunk(recipe.model, sites, device)
     batch = torch.from_numpy(tokens).long().to(device)
     bos = gemma.text_config(recipe.model).bos_token_id
     return measure(batch, gemma.capture(model, batch, sites), recipe.harvest.outlier_norm, bos)

@@ -21,6 +21,7 @@ from torch import Tensor
 from cluster import gemma
 from cluster.calibrate import SiteScale
 from cluster.harvest import BLOCK, blocks, harvest_block
+from cluster.layout import PORTION_BYTES
 from cluster.recipe import Recipe
 from sae import artifact
 from sae.dictionary import Dictionary
@@ -30,7 +31,6 @@ from sae.spec import DictionarySpec
 
 LARGE_NORM = 3  # rows above this multiple of the median are counted: few, but they weigh in FVU
 ROWS_AT_ONCE = 1024  # of an encode: bounds the dense latents
-PORTION_BYTES = 8 * 2**30  # of weights that an actor holds at once
 
 
 class Scores(NamedTuple):
@@ -182,7 +182,7 @@ def _sweep_heldout(
         batch_size=1,
         num_cpus=recipe.harvest.cpus,
         num_gpus=recipe.harvest.gpus,
-        compute=ActorPoolStrategy(size=max(recipe.harvest.actors, 1 if recipe.harvest.gpus else recipe.fit.workers)),
+        compute=ActorPoolStrategy(size=recipe.evaluators),
     )
 
 

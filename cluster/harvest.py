@@ -39,7 +39,7 @@ class Harvester:
     def __init__(self, recipe: Recipe, sites: list[Site], scales: dict[str, SiteScale], tokens_path: Path):
         torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
         self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
-        self.model = gemma.load(recipe.model, self.device)
+        self.model = gemma.load_trunk(recipe.model, sites, self.device)
         self.bos = gemma.text_config(recipe.model).bos_token_id
         self.tokens = np.load(tokens_path, mmap_mode="r", allow_pickle=False)
         self.sequences, self.context, self.sites = recipe.harvest.sequences, recipe.corpus.context, sites

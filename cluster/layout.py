@@ -14,6 +14,7 @@ from sae.spec import DictionarySpec
 GIB = 2**30
 PROCESS_BYTES = GIB // 2  # one Ray worker with torch and transformers loaded; measured here
 RAY_BYTES = 5 * GIB // 2  # the driver, the Train controller and Ray's own processes; measured here
+PORTION_BYTES = 8 * GIB  # of dictionaries' weights that an evaluator holds at once
 LISTED = 32  # dictionaries; the table of a larger sweep has a line a rank
 
 
@@ -77,14 +78,17 @@ class Memory(NamedTuple):
 
     harvest: int
     workers: list[int]
+    evaluator: int
 
     def total(self, recipe: Recipe) -> int:
-        """Bytes of the whole sweep, without the object store."""
-        return RAY_BYTES + recipe.harvest.actors * self.harvest + sum(self.workers)
+        """Bytes of the whole sweep without the object store, while it fits or while it evaluates."""
+        fitting = recipe.harvest.actors * self.harvest + sum(self.workers)
+        return RAY_BYTES + max(fitting, recipe.evaluators * self.evaluator)
 
 
-def memory(recipe: Recipe, layout: Layout, model_parameters: int) -> Memory:
-    """The peak of a worker, and of a harvest actor: the model's weights and a few times a block's rows."""
+def memory(recipe: Recipe, layout: Layout, config: Any) -> Memory:
+    """The peak of a worker; of a harvest actor, which loads the model up to the last site's layer; and of an evaluator,
+    which loads it whole. `config` is the text model's."""
     item = 2 if recipe.model.dtype == "bfloat16" else 4
     block_rows = recipe.harvest.sequences * recipe.corpus.context
     all_keys, keys_by_rank = list(layout.widths), layout.keys_by_rank
@@ -95,8 +99,17 @@ def memory(recipe: Recipe, layout: Layout, model_parameters: int) -> Memory:
         + _window_bytes(recipe, _row_bytes(layout, all_keys) + sent, _row_bytes(layout, keys))
         for specs, keys in zip(layout.ranks, keys_by_rank, strict=True)
     ]
-    harvest = PROCESS_BYTES + model_parameters * item + 4 * block_rows * _row_bytes(layout, all_keys)
-    return Memory(harvest, workers)
+    running = PROCESS_BYTES + 4 * block_rows * _row_bytes(layout, all_keys)
+    harvest = running + item * gemma.trunk_parameters(config, layout.sites)
+    logits = 3 * 4 * recipe.corpus.context * config.vocab_size
+    evaluator = running + item * gemma.parameters(config) + logits + _portion_bytes(layout)
+    return Memory(harvest, workers, evaluator)
+
+
+def _portion_bytes(layout: Layout) -> int:
+    """Weights of the dictionaries that an evaluator holds at once."""
+    sizes = [4 * layout.parameters(spec) for specs in layout.ranks for spec in specs]
+    return min(sum(sizes), PORTION_BYTES + max(sizes))
 
 
 def _bank_bytes(recipe: Recipe, layout: Layout, specs: list[DictionarySpec], keys: list[str]) -> int:
@@ -144,7 +157,8 @@ def table(recipe: Recipe, layout: Layout, planned: Memory) -> str:
     workers = ", ".join(sizes) if len(sizes) <= 4 else f"{len(sizes)}, the largest {max(planned.workers) / GIB:.1f}"
     lines.append(
         f"memory   {planned.total(recipe) / GIB:,.1f} GiB: workers {workers}; "
-        f"{recipe.harvest.actors} harvest x {planned.harvest / GIB:.1f}; the rest Ray and the driver"
+        f"{recipe.harvest.actors} harvest x {planned.harvest / GIB:.1f}; then {recipe.evaluators} evaluation x "
+        f"{planned.evaluator / GIB:.1f}; the rest Ray and the driver"
     )
     return "\n".join(lines)
 

@@ -158,6 +158,11 @@ class Recipe(Strict):
     def heldout_sequences(self) -> int:
         return self.corpus.heldout_tokens // self.corpus.context
 
+    @property
+    def evaluators(self) -> int:
+        """Actors of the evaluation, by which time the fit's cores are free."""
+        return max(self.harvest.actors, 1 if self.harvest.gpus else self.fit.workers)
+
     def folder(self) -> Path:
         """The run folder, absolute."""
         return below_home(self.output)

@@ -104,7 +104,7 @@ def _plan(recipe: Recipe) -> Layout:
 def _lay_out(recipe: Recipe) -> tuple[Layout, Memory]:
     config = gemma.text_config(recipe.model)
     layout = lay_out(recipe, config)
-    return layout, memory(recipe, layout, gemma.parameters(config))
+    return layout, memory(recipe, layout, config)
 
 
 def _show(recipe: Recipe, layout: Layout, planned: Memory) -> None:
