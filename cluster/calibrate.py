@@ -9,7 +9,7 @@ import ray
 import torch
 from torch import Tensor
 
-from cluster import gemma
+from cluster import gang, gemma
 from cluster.recipe import Recipe
 from cluster.store import replace_text
 from sae.sites import Site
@@ -49,18 +49,19 @@ def measure(tokens: Tensor, captured: dict[Site, Tensor], outlier_norm: float, b
 
 @ray.remote
 def _calibrate(recipe: Recipe, sites: list[Site], tokens: np.ndarray) -> dict[str, SiteScale]:
-    device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
-    torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
-    model = gemma.load_trunk(recipe.model, sites, device)
-    batch = torch.from_numpy(tokens).long().to(device)
+    model = gang.open_model(recipe, sites)
+    batch = torch.from_numpy(tokens).long().to(model.device)
     bos = gemma.text_config(recipe.model).bos_token_id
-    return measure(batch, gemma.capture(model, batch, sites), recipe.harvest.outlier_norm, bos)
+    scales = measure(batch, model.capture(batch), recipe.harvest.outlier_norm, bos)
+    model.close()
+    return scales
 
 
 def calibrate(recipe: Recipe, sites: list[Site], tokens: np.ndarray, path: Path) -> dict[str, SiteScale]:
     """The scales by site key, computed on the cluster once and kept in `path`."""
     if not path.exists():
-        remote = _calibrate.options(num_cpus=recipe.harvest.cpus, num_gpus=recipe.harvest.gpus)
+        ranks = recipe.harvest.ranks
+        remote = _calibrate.options(num_cpus=recipe.harvest.cpus * ranks, num_gpus=recipe.harvest.gpus * ranks)
         sample = np.ascontiguousarray(tokens[: recipe.harvest.calibration_sequences])
         scales = ray.get(remote.remote(recipe, sites, sample))
         replace_text(path, json.dumps({key: scale._asdict() for key, scale in scales.items()}, indent=2) + "\n")

@@ -25,7 +25,7 @@ def finetune(
     recipe: Recipe, settings: EndToEnd, staged: dict[str, Path], scales: dict[str, SiteScale], tokens_path: Path
 ) -> None:
     """Puts the finetuned weights of every dictionary in the place of the staged ones, one Ray task each."""
-    task = _finetune.options(num_cpus=recipe.harvest.cpus, num_gpus=recipe.harvest.gpus)
+    task = _finetune.options(num_cpus=recipe.harvest.cpus, num_gpus=recipe.harvest.gpus_for_whole)
     waiting = {
         task.remote(recipe, settings, spec, staged[spec.id], scales, tokens_path): spec for spec in recipe.specs()
     }
@@ -67,7 +67,7 @@ class Loop:
         self, recipe: Recipe, settings: EndToEnd, spec: DictionarySpec, folder: Path, scales: dict[str, SiteScale]
     ):
         self.settings, self.spec = settings, spec
-        self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
+        self.device = torch.device("cuda" if recipe.harvest.gpus_for_whole else "cpu")
         self.model = gemma.load(recipe.model, self.device)
         self.bos = gemma.text_config(recipe.model).bos_token_id
         self.limits = {s.key: recipe.harvest.outlier_norm * scales[s.key].median_norm for s in spec.sites}

@@ -64,7 +64,7 @@ class Evaluator:
         tokens_path: Path,
     ):
         torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
-        self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
+        self.device = torch.device("cuda" if recipe.harvest.gpus_for_whole else "cpu")
         self.model = gemma.load(recipe.model, self.device)
         self.bos = gemma.text_config(recipe.model).bos_token_id
         self.tokens = torch.from_numpy(np.load(tokens_path, allow_pickle=False)).long()
@@ -181,7 +181,7 @@ def _sweep_heldout(
         fn_constructor_args=(recipe, {spec.id: folders[spec.id] for spec in specs}, specs, scales, tokens_path),
         batch_size=1,
         num_cpus=recipe.harvest.cpus,
-        num_gpus=recipe.harvest.gpus,
+        num_gpus=recipe.harvest.gpus_for_whole,
         compute=ActorPoolStrategy(size=recipe.evaluators),
     )
 

@@ -15,7 +15,7 @@ from cluster.recipe import Model
 from sae.sites import Site
 
 GEMMA_3_TYPES = ("gemma3", "gemma3_text")
-# Where checkpoints keep the decoder stack: multimodal ones as published and as transformers 5 saves them, text-only ones.
+# Where checkpoints keep the decoder stack: multimodal ones as published, and under transformers 5; text-only ones.
 TRUNK_PREFIXES = {r"^(language_model\.model|model\.language_model|model)\.": ""}
 
 
@@ -99,7 +99,8 @@ def load_trunk(model: Model, sites: list[Site], device: torch.device) -> nn.Modu
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # it would list all that is left out
-    loaded, found = Gemma3TextModel.from_pretrained(
+    stack: Any = Gemma3TextModel  # its annotations do not know of the loading info
+    loaded, found = stack.from_pretrained(
         locate(model),
         config=_up_to(text_config(model), sites),
         dtype=getattr(torch, model.dtype),
@@ -173,15 +174,16 @@ class _Stop(Exception):
 
 
 @torch.no_grad()
-def capture(model: nn.Module, tokens: Tensor, sites: list[Site]) -> dict[Site, Tensor]:
-    """The tensors at `sites` for token ids [sequences, T], each [sequences, T, D]; stops after the last site."""
+def capture(model: nn.Module, tokens: Tensor, sites: list[Site], *, whole: bool = False) -> dict[Site, Tensor]:
+    """The tensors at `sites` for token ids [sequences, T], each [sequences, T, D]; stops after the last site, unless
+    the pass must be `whole`: ZeRO-3 puts a module's parameters away when its pass ends."""
     captured: dict[Site, Tensor] = {}
     last = max(sites, key=lambda site: site.depth)
 
     def keep(site: Site) -> Edit:
         def edit(tensor: Tensor) -> None:
             captured[site] = tensor
-            if site == last:
+            if site == last and not whole:
                 raise _Stop
 
         return edit

@@ -14,7 +14,7 @@ import torch
 from ray.data import ActorPoolStrategy
 from torch import Tensor
 
-from cluster import gemma
+from cluster import gang, gemma
 from cluster.calibrate import SiteScale, kept
 from cluster.recipe import Recipe
 from sae.sites import Site
@@ -26,31 +26,35 @@ ROW, BLOCK, BLOCK_ROWS = "row", "block", "block_rows"
 def harvest_block(
     model: torch.nn.Module, tokens: Tensor, sites: list[Site], limits: dict[str, float], bos: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """`kept_rows` of a model in this process."""
+    return kept_rows(gemma.capture(model, tokens, sites), tokens, limits, bos)
+
+
+def kept_rows(
+    captured: dict[Site, Tensor], tokens: Tensor, limits: dict[str, float], bos: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Kept positions [n] of a block, as indices into its tokens [sequences, T], and the rows there, each [n, D]."""
-    captured = gemma.capture(model, tokens, sites)
     norms = {site.key: tensor.float().norm(dim=-1) for site, tensor in captured.items()}
     positions = kept(tokens, norms, limits, bos).flatten().nonzero()[:, 0]
     return positions, {site.key: tensor.flatten(0, 1)[positions] for site, tensor in captured.items()}
 
 
 class Harvester:
-    """Ray Data UDF: block numbers → activation rows. Owns one model."""
+    """Ray Data UDF: block numbers → activation rows. Owns one model, and the ranks that share it."""
 
     def __init__(self, recipe: Recipe, sites: list[Site], scales: dict[str, SiteScale], tokens_path: Path):
-        torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
-        self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
-        self.model = gemma.load_trunk(recipe.model, sites, self.device)
+        self.model = gang.open_model(recipe, sites)
         self.bos = gemma.text_config(recipe.model).bos_token_id
         self.tokens = np.load(tokens_path, mmap_mode="r", allow_pickle=False)
-        self.sequences, self.context, self.sites = recipe.harvest.sequences, recipe.corpus.context, sites
+        self.sequences, self.context = recipe.harvest.sequences, recipe.corpus.context
         self.limits = {key: recipe.harvest.outlier_norm * scale.median_norm for key, scale in scales.items()}
 
     def __call__(self, batch: Rows) -> Rows:
         block = int(batch[BLOCK][0])
         first = block * self.sequences
         ids = np.array(self.tokens[first : first + self.sequences])
-        tokens = torch.from_numpy(ids).long().to(self.device)
-        positions, rows = harvest_block(self.model, tokens, self.sites, self.limits, self.bos)
+        tokens = torch.from_numpy(ids).long().to(self.model.device)
+        positions, rows = kept_rows(self.model.capture(tokens), tokens, self.limits, self.bos)
         n = len(positions)
         columns = {key: encode_bf16(tensor) for key, tensor in rows.items()}
         return columns | {
@@ -78,8 +82,8 @@ def activations(
         Harvester,
         fn_constructor_args=(recipe, sites, scales, tokens_path),
         batch_size=1,
-        num_cpus=recipe.harvest.cpus,
-        num_gpus=recipe.harvest.gpus,
+        num_cpus=recipe.harvest.cpus * recipe.harvest.ranks,
+        num_gpus=recipe.harvest.gpus * recipe.harvest.ranks,
         compute=ActorPoolStrategy(size=recipe.harvest.actors),
     )
 

@@ -77,6 +77,9 @@ class Memory(NamedTuple):
     """Planned peak bytes of one process of each role."""
 
     harvest: int
+    """Of an actor, its ranks included."""
+    rank: int
+    """Of a rank of a harvest actor that shares its model; 0 if none does."""
     workers: list[int]
     evaluator: int
 
@@ -87,8 +90,8 @@ class Memory(NamedTuple):
 
 
 def memory(recipe: Recipe, layout: Layout, config: Any) -> Memory:
-    """The peak of a worker; of a harvest actor, which loads the model up to the last site's layer; and of an evaluator,
-    which loads it whole. `config` is the text model's."""
+    """The peak of a worker; of a harvest actor, which loads the model up to the last site's layer, or whose ranks do;
+    and of an evaluator, which loads it whole. `config` is the text model's."""
     item = 2 if recipe.model.dtype == "bfloat16" else 4
     block_rows = recipe.harvest.sequences * recipe.corpus.context
     all_keys, keys_by_rank = list(layout.widths), layout.keys_by_rank
@@ -100,10 +103,20 @@ def memory(recipe: Recipe, layout: Layout, config: Any) -> Memory:
         for specs, keys in zip(layout.ranks, keys_by_rank, strict=True)
     ]
     running = PROCESS_BYTES + 4 * block_rows * _row_bytes(layout, all_keys)
-    harvest = running + item * gemma.trunk_parameters(config, layout.sites)
+    trunk, embedding = gemma.trunk_parameters(config, layout.sites), config.vocab_size * config.hidden_size
+    rank = _rank_bytes(recipe, item * trunk, item * embedding)
+    harvest = running + (rank * recipe.harvest.ranks if recipe.harvest.sharded else item * trunk)
     logits = 3 * 4 * recipe.corpus.context * config.vocab_size
     evaluator = running + item * gemma.parameters(config) + logits + _portion_bytes(layout)
-    return Memory(harvest, workers, evaluator)
+    return Memory(harvest, rank, workers, evaluator)
+
+
+def _rank_bytes(recipe: Recipe, trunk: int, embedding: int) -> int:
+    """The peak of a rank is while it loads: it reads the whole trunk, of which tensor parallelism then keeps a share.
+    ZeRO-3 builds its share meanwhile, and gathers the embedding, the largest of all parameters."""
+    if not recipe.harvest.sharded:
+        return 0
+    return PROCESS_BYTES + trunk + (trunk // recipe.harvest.zero3 + embedding if recipe.harvest.zero3 else 0)
 
 
 def _portion_bytes(layout: Layout) -> int:
@@ -157,10 +170,15 @@ def table(recipe: Recipe, layout: Layout, planned: Memory) -> str:
     workers = ", ".join(sizes) if len(sizes) <= 4 else f"{len(sizes)}, the largest {max(planned.workers) / GIB:.1f}"
     lines.append(
         f"memory   {planned.total(recipe) / GIB:,.1f} GiB: workers {workers}; "
-        f"{recipe.harvest.actors} harvest x {planned.harvest / GIB:.1f}; then {recipe.evaluators} evaluation x "
-        f"{planned.evaluator / GIB:.1f}; the rest Ray and the driver"
+        f"{recipe.harvest.actors} harvest x {planned.harvest / GIB:.1f}{_ranks(recipe, planned)}; "
+        f"then {recipe.evaluators} evaluation x {planned.evaluator / GIB:.1f}; the rest Ray and the driver"
     )
     return "\n".join(lines)
+
+
+def _ranks(recipe: Recipe, planned: Memory) -> str:
+    """How a harvest actor's memory is shared."""
+    return f" ({recipe.harvest.ranks} ranks x {planned.rank / GIB:.1f})" if planned.rank else ""
 
 
 def _dictionary_lines(layout: Layout) -> list[str]:

@@ -103,6 +103,6 @@ class RunFolder:
 
 def results_of(recipe: dict[str, Any]) -> dict[str, Any]:
     """The part of a recipe that its results depend on: a sweep may go on with other workers or actors."""
-    placement = ("actors", "cpus", "gpus")
+    placement = ("actors", "cpus", "gpus", "zero3", "block_seconds")
     harvest = {key: value for key, value in recipe["harvest"].items() if key not in placement}
     return {key: value for key, value in recipe.items() if key not in ("fit", "output")} | {"harvest": harvest}

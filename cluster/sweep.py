@@ -20,6 +20,7 @@ from cluster import (
     end_to_end,
     evaluate,
     fit,
+    gang,
     gemma,
     publish,
     report,
@@ -92,6 +93,7 @@ def _plan(recipe: Recipe) -> Layout:
     """Checks everything that can be known before anything is started, and prints the plan."""
     layout, planned = _lay_out(recipe)
     session.check_memory(recipe, planned)
+    gang.check(recipe.harvest)
     sources.find(recipe.corpus)
     start.check(recipe, layout)
     _show(recipe, layout, planned)
