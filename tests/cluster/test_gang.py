@@ -20,26 +20,12 @@ from cluster.gemma import count
 from cluster.recipe import Recipe
 from cluster.store import results_of
 from sae.sites import HOOK_POINTS, Site
-from tests.conftest import tiny_config, write_tokenizer
 
 pytest.importorskip("deepspeed", reason="the extra `sharded` is not installed")
 
 TOKENS = torch.randint(4, 200, (3, 20), generator=torch.Generator().manual_seed(0))
 SITES = [Site(layer, name) for layer in (0, 2) for name in HOOK_POINTS]
 TENSOR_PARALLEL, ZERO_3 = {"tensor_parallel": 2}, {"zero3": 2}
-
-
-@pytest.fixture(scope="module")
-def grouped_gemma(tmp_path_factory) -> Path:
-    """A tiny checkpoint with two groups of heads, so that each of two ranks has attention to do."""
-    from transformers import Gemma3ForCausalLM
-
-    folder = tmp_path_factory.mktemp("grouped-gemma")
-    torch.manual_seed(2)
-    config = tiny_config(num_attention_heads=4, num_key_value_heads=2)
-    Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
 
 
 def recipe_of(name: Path | str, harvest: dict, dtype: str = "float32") -> Recipe:
