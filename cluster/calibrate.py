@@ -1,6 +1,7 @@
 """Calibration: each site's scale and median norm, from the first training sequences."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,12 +50,10 @@ def measure(tokens: Tensor, captured: dict[Site, Tensor], outlier_norm: float, b
 
 @ray.remote
 def _calibrate(recipe: Recipe, sites: list[Site], tokens: np.ndarray) -> dict[str, SiteScale]:
-    model = gang.open_model(recipe, sites)
-    batch = torch.from_numpy(tokens).long().to(model.device)
     bos = gemma.text_config(recipe.model).bos_token_id
-    scales = measure(batch, model.capture(batch), recipe.harvest.outlier_norm, bos)
-    model.close()
-    return scales
+    with closing(gang.open_model(recipe, sites)) as model:  # the process of a task outlives it
+        batch = torch.from_numpy(tokens).long().to(model.device)
+        return measure(batch, model.capture(batch), recipe.harvest.outlier_norm, bos)
 
 
 def calibrate(recipe: Recipe, sites: list[Site], tokens: np.ndarray, path: Path) -> dict[str, SiteScale]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from cluster.recipe import Harvest, Recipe
 from sae.sites import Site
 
 ATTEMPTS = 3  # of a block: what fails a gang this often is no accident
-START_SECONDS = 3600.0  # to load the model
+START_SECONDS = 1800.0  # to load the model
 # Of tensor parallelism: norm of the difference to the unsharded model's tensor over that tensor's norm, at every site.
 # In bfloat16 it is what the unsharded model itself is away from float32.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-4}
@@ -47,7 +48,7 @@ class GangFailed(Exception):
 
 def check(harvest: Harvest) -> None:
     """UserError if the recipe asks for ranks that cannot be started here."""
-    if harvest.sharded and not importlib.util.find_spec("deepspeed"):
+    if harvest.sharded and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "harvest.zero3" if harvest.zero3 else "harvest.tensor_parallel",
             "needs DeepSpeed, which is not installed: DS_BUILD_OPS=0 pip install --no-build-isolation "
@@ -69,7 +70,6 @@ class Whole:
     """The model in this process."""
 
     def __init__(self, recipe: Recipe, sites: list[Site]):
-        torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
         self.sites, self.device = sites, torch.device("cuda" if recipe.harvest.gpus else "cpu")
         self.model = gemma.load_trunk(recipe.model, sites, self.device)
 
@@ -88,6 +88,7 @@ class Gang:
 
     def __init__(self, recipe: Recipe, sites: list[Site]):
         self.recipe, self.sites = recipe, sites
+        self.folder = tempfile.TemporaryDirectory(prefix="gang-")  # nccl meets there at its first collective
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
         self.resident: list[int] = []
@@ -117,12 +118,12 @@ class Gang:
         self.ranks, self.connections = [], []
 
     def _start(self) -> None:
-        count = self.recipe.harvest.ranks
-        with tempfile.TemporaryDirectory() as folder, self._time_limit(START_SECONDS):
+        count, rendezvous = self.recipe.harvest.ranks, Path(self.folder.name, uuid.uuid4().hex)
+        with self._time_limit(START_SECONDS):
             for number in range(count):
                 here, there = Pipe()
                 self.connections.append(here)
-                self.ranks.append(STARTER.submit(_spawn, number, count, there, Path(folder, "rendezvous")).result())
+                self.ranks.append(STARTER.submit(_spawn, number, count, there, rendezvous).result())
                 there.close()
             for connection in self.connections:
                 connection.send((self.recipe.harvest, self.recipe.model, self.sites))
@@ -192,4 +193,5 @@ def _spawn(number: int, count: int, connection: Connection, rendezvous: Path) ->
 
 def open_model(recipe: Recipe, sites: list[Site]) -> Whole | Gang:
     """The model as the recipe wants it run."""
+    torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
     return Gang(recipe, sites) if recipe.harvest.sharded else Whole(recipe, sites)

@@ -1,6 +1,5 @@
 """A gang of two ranks over gloo: its tensors against the unsharded model's, and what happens when a rank does not."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -188,14 +187,6 @@ def test_real_gemma__shared_by_two_ranks_is_within_the_tolerance(start) -> None:
     tokens = torch.randint(1000, 200_000, (2, 64), generator=torch.Generator().manual_seed(1))
     assert max(differences(gang.capture(tokens), whole.capture(tokens)).values()) < TOLERANCE["float32"]
     assert sum(gang.resident) < 2 * count(whole.model)
-
-
-def test_check__without_deepspeed_names_the_remedy(monkeypatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    gang.check(recipe_of("nowhere", {}).harvest)
-    for harvest, field in ((TENSOR_PARALLEL, "tensor_parallel"), (ZERO_3, "zero3")):
-        with pytest.raises(UserError, match=rf"harvest\.{field}: .*pip install"):
-            gang.check(recipe_of("nowhere", harvest).harvest)
 
 
 def test_recipe__tensor_parallel_decides_results_and_zero_3_does_not(tiny_gemma: Path) -> None:
