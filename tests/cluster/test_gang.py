@@ -109,10 +109,10 @@ def test_a_rank_that_stops_or_dies__is_replaced_and_the_block_is_the_same(groupe
 
     first = pids(gang)
     os.kill(first[1], signal.SIGSTOP)  # it hangs: nothing but the time limit can tell
-    gang.recipe = recipe_of(grouped_gemma, {"tensor_parallel": 2, "block_seconds": 5})
+    gang.recipe = recipe_of(grouped_gemma, {"tensor_parallel": 2, "block_seconds": 15})
     started = time.monotonic()
     assert_equal(gang.capture(TOKENS), calm)
-    assert time.monotonic() - started > 5
+    assert time.monotonic() - started > 15
     second = pids(gang)
     assert not set(first) & set(second)
     assert not alive(first)

@@ -39,7 +39,7 @@ def sweep(tiny_recipe: dict, grouped_gemma: Path, tmp_path: Path):
     return sweep
 
 
-def new_ranks(job: Job, seen: set[int], seconds: float = 300) -> list[int]:
+def new_ranks(job: Job, seen: set[int], seconds: float = 600) -> list[int]:
     """The next two ranks that the job starts, by their numbers."""
     deadline = time.monotonic() + seconds
     while True:
