@@ -28,7 +28,7 @@ from cluster.errors import UserError
 from cluster.recipe import Harvest, Recipe
 from sae.sites import Site
 
-ATTEMPTS = 3  # of a block: what fails a gang this often is no accident
+ATTEMPTS = 5  # of a block: what fails a gang this often is no accident
 START_SECONDS = 1800.0  # to load the model
 # Of tensor parallelism: norm of the difference to the unsharded model's tensor over that tensor's norm, at every site.
 # In bfloat16 it is what the unsharded model itself is away from float32.
