@@ -46,7 +46,9 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	@$(PIP) check
 	@touch $@
 
+# DeepSpeed's build looks at the torch that is there, and none of its own operators are used.
 $(VENV)/.dev: $(VENV)/.run
 	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) install --no-build-isolation -c constraints.txt -e ".[sharded]"
 	@$(PIP) check
 	@touch $@

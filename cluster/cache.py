@@ -169,6 +169,7 @@ def _cheap_facts(recipe: Recipe) -> Facts:
         "corpus.context": recipe.corpus.context,
         "corpus.train_tokens": recipe.train_sequences * recipe.corpus.context,
         "harvest.sequences": recipe.harvest.sequences,
+        "harvest.tensor_parallel": recipe.harvest.tensor_parallel,
     }
 
 

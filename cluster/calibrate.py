@@ -1,14 +1,14 @@
 """Calibration: each site's scale and median norm, from the first training sequences."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import ray
-import torch
 from torch import Tensor
 
-from cluster import gemma
+from cluster import gang
 from cluster.recipe import Recipe
 from cluster.run_folder import replace_text
 from cluster.tokens import Sequences
@@ -49,18 +49,20 @@ def measure(eligible: Tensor, captured: dict[Site, Tensor], outlier_norm: float)
 
 @ray.remote
 def _calibrate(recipe: Recipe, sites: list[Site], tokens_path: Path) -> dict[str, SiteScale]:
-    device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
-    torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
-    model = gemma.load(recipe.model, device)
-    sample = Sequences(recipe, tokens_path, device).read(0, recipe.harvest.calibration_sequences)
-    return measure(sample.eligible, gemma.capture(model, sample.ids, sites), recipe.harvest.outlier_norm)
+    with closing(gang.open_model(recipe, sites)) as model:  # the process of a task outlives it
+        sample = Sequences(recipe, tokens_path, model.device).read(0, recipe.harvest.calibration_sequences)
+        return measure(sample.eligible, model.capture(sample.ids), recipe.harvest.outlier_norm)
 
 
 def calibrate(recipe: Recipe, sites: list[Site], tokens_path: Path, path: Path) -> dict[str, SiteScale]:
     """The scales by site key, computed on the cluster once and kept in `path`."""
     if not path.exists():
         harvest = recipe.harvest
-        remote = _calibrate.options(num_cpus=harvest.cpus, num_gpus=harvest.gpus, label_selector=harvest.label_selector)
+        remote = _calibrate.options(
+            num_cpus=harvest.cpus * harvest.ranks,
+            num_gpus=harvest.gpus * harvest.ranks,
+            label_selector=harvest.label_selector,
+        )
         scales = ray.get(remote.remote(recipe, sites, tokens_path))
         replace_text(path, json.dumps({key: scale._asdict() for key, scale in scales.items()}, indent=2) + "\n")
     return {key: SiteScale(**value) for key, value in json.loads(path.read_text()).items()}

@@ -27,7 +27,8 @@ def finetune(
 ) -> None:
     """Puts the finetuned weights of every dictionary in the place of the staged ones, one Ray task each."""
     harvest = recipe.harvest
-    task = _finetune.options(num_cpus=harvest.cpus, num_gpus=harvest.gpus, label_selector=harvest.label_selector)
+    resources = {"num_cpus": harvest.cpus, "num_gpus": harvest.gpus_for_whole}
+    task = _finetune.options(**resources, label_selector=harvest.label_selector)
     waiting = {
         task.remote(recipe, settings, spec, staged[spec.id], scales, tokens_path): spec for spec in recipe.specs()
     }
@@ -69,7 +70,7 @@ class Loop:
         self, recipe: Recipe, settings: EndToEnd, spec: DictionarySpec, folder: Path, scales: dict[str, SiteScale]
     ):
         self.settings, self.spec = settings, spec
-        self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
+        self.device = torch.device("cuda" if recipe.harvest.gpus_for_whole else "cpu")
         self.model = gemma.load(recipe.model, self.device)
         self.limits = {s.key: recipe.harvest.outlier_norm * scales[s.key].median_norm for s in spec.sites}
         factors = Scales(*([scales[site.key].scale for site in sites] for sites in (spec.reads, spec.writes)))

@@ -22,6 +22,7 @@ from torch import Tensor
 from cluster import gemma
 from cluster.calibrate import SiteScale
 from cluster.harvest import BLOCK, blocks, harvest_block
+from cluster.layout import PORTION_BYTES
 from cluster.recipe import Recipe
 from cluster.tokens import Sequences, Span
 from sae import artifact
@@ -32,7 +33,6 @@ from sae.spec import DictionarySpec
 
 LARGE_NORM = 3  # rows above this multiple of the median are counted: few, but they weigh in FVU
 ROWS_AT_ONCE = 1024  # of an encode: bounds the dense latents
-PORTION_BYTES = 8 * 2**30  # of weights that an actor holds at once
 
 
 class Scores(NamedTuple):
@@ -66,7 +66,7 @@ class Evaluator:
         tokens_path: Path,
     ):
         torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
-        self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
+        self.device = torch.device("cuda" if recipe.harvest.gpus_for_whole else "cpu")
         self.model = gemma.load(recipe.model, self.device)
         self.tokens = Sequences(recipe, tokens_path, self.device)
         self.specs, self.scales = specs, scales
@@ -182,8 +182,8 @@ def _sweep_heldout(
         fn_constructor_args=(recipe, {spec.id: folders[spec.id] for spec in specs}, specs, scales, tokens_path),
         batch_size=1,
         num_cpus=recipe.harvest.cpus,
-        num_gpus=recipe.harvest.gpus,
-        compute=ActorPoolStrategy(size=max(recipe.harvest.actors, 1 if recipe.harvest.gpus else recipe.fit.workers)),
+        num_gpus=recipe.harvest.gpus_for_whole,
+        compute=ActorPoolStrategy(size=recipe.evaluators),
     )
 
 

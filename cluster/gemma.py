@@ -1,5 +1,6 @@
 """Gemma 3: finding a checkpoint, loading it, and capturing or replacing the tensors at its sites."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ from cluster.recipe import Model
 from sae.sites import Site
 
 GEMMA_3_TYPES = ("gemma3", "gemma3_text")
+# Where checkpoints keep the decoder stack: multimodal ones as published, and under transformers 5; text-only ones.
+TRUNK_PREFIXES = {r"^(language_model\.model|model\.language_model|model)\.": ""}
 
 
 def text_config(model: Model) -> Any:
@@ -57,7 +60,20 @@ def parameters(config: Any) -> int:
     from transformers import Gemma3ForCausalLM
 
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Gemma3ForCausalLM(config).parameters())
+        return count(Gemma3ForCausalLM(config))
+
+
+def trunk_parameters(config: Any, sites: list[Site]) -> int:
+    """Parameters that `load_trunk` loads, counted likewise."""
+    from transformers import Gemma3TextModel
+
+    with torch.device("meta"):
+        return count(_without_norm(Gemma3TextModel(_up_to(config, sites))))
+
+
+def count(model: nn.Module) -> int:
+    """Parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def locate(model: Model) -> str:
@@ -75,9 +91,43 @@ def load(model: Model, device: torch.device) -> nn.Module:
     return loaded.eval().requires_grad_(False).to(device)
 
 
+def load_trunk(model: Model, sites: list[Site], device: torch.device) -> nn.Module:
+    """The decoder stack up to the last layer that `sites` need, in evaluation mode and without gradients: what lies
+    beyond (later layers, final norm, language head) and beside (vision tower) is not loaded."""
+    from transformers import Gemma3TextModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it would list all that is left out
+    stack: Any = Gemma3TextModel  # its annotations do not know of the loading info
+    loaded, found = stack.from_pretrained(
+        locate(model),
+        config=_up_to(text_config(model), sites),
+        dtype=getattr(torch, model.dtype),
+        key_mapping=TRUNK_PREFIXES,
+        output_loading_info=True,
+    )
+    if missing := sorted(found["missing_keys"]):  # transformers would leave them at random
+        raise UserError("model.name", f"{model.name!r} has no {missing[0]}: name a whole checkpoint folder")
+    return _without_norm(loaded).eval().requires_grad_(False).to(device)
+
+
+def _up_to(config: Any, sites: list[Site]) -> Any:
+    """The text model's config with the layers that `sites` need."""
+    layers = 1 + max(site.layer for site in sites)
+    shortened = copy.deepcopy(config)
+    shortened.num_hidden_layers, shortened.layer_types = layers, config.layer_types[:layers]
+    return shortened
+
+
+def _without_norm(stack: nn.Module) -> nn.Module:
+    stack.norm = nn.Identity()
+    return stack
+
+
 def trunk(model: nn.Module) -> nn.Module:
     """The decoder stack without its language head: `model.*` of a text-only checkpoint, `model.language_model.*`
-    of a multimodal one."""
+    of a multimodal one, and a bare stack itself."""
     from transformers import Gemma3TextModel
 
     return next(module for module in model.modules() if isinstance(module, Gemma3TextModel))
@@ -124,15 +174,16 @@ class _Stop(Exception):
 
 
 @torch.no_grad()
-def capture(model: nn.Module, tokens: Tensor, sites: list[Site]) -> dict[Site, Tensor]:
-    """The tensors at `sites` for token ids [sequences, T], each [sequences, T, D]; stops after the last site."""
+def capture(model: nn.Module, tokens: Tensor, sites: list[Site], *, whole: bool = False) -> dict[Site, Tensor]:
+    """The tensors at `sites` for token ids [sequences, T], each [sequences, T, D]; stops after the last site, unless
+    the pass must be `whole`: ZeRO-3 puts a module's parameters away when its pass ends."""
     captured: dict[Site, Tensor] = {}
     last = max(sites, key=lambda site: site.depth)
 
     def keep(site: Site) -> Edit:
         def edit(tensor: Tensor) -> None:
             captured[site] = tensor
-            if site == last:
+            if site == last and not whole:
                 raise _Stop
 
         return edit

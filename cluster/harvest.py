@@ -17,7 +17,7 @@ import torch
 from ray.data import ActorPoolStrategy
 from torch import Tensor
 
-from cluster import gemma
+from cluster import gang, gemma
 from cluster.cache import Cache, Shard
 from cluster.calibrate import SiteScale, kept
 from cluster.recipe import Recipe
@@ -28,9 +28,22 @@ Rows = dict[str, np.ndarray]
 ROW, BLOCK, BLOCK_ROWS = "row", "block", "block_rows"
 
 
-def harvest_eligible(model: torch.nn.Module, span: Span, sites: list[Site]) -> Shard:
+def harvest_block(
+    model: torch.nn.Module, span: Span, sites: list[Site], limits: dict[str, float]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`kept_rows` of a model in this process."""
+    return kept_rows(gemma.capture(model, span.ids, sites), span, limits)
+
+
+def kept_rows(captured: dict[Site, Tensor], span: Span, limits: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Kept positions [n] of a block, as indices into its tokens [sequences, T], and the rows there, each [n, D]."""
+    norms = {site.key: tensor.float().norm(dim=-1) for site, tensor in captured.items()}
+    positions = kept(span.eligible, norms, limits).flatten().nonzero()[:, 0]
+    return positions, {site.key: tensor.flatten(0, 1)[positions] for site, tensor in captured.items()}
+
+
+def eligible_rows(captured: dict[Site, Tensor], span: Span) -> Shard:
     """All eligible rows of a block, whatever their norms."""
-    captured = gemma.capture(model, span.ids, sites)
     positions = span.eligible.flatten().nonzero()[:, 0]
     rows = {site.key: tensor.flatten(0, 1)[positions] for site, tensor in captured.items()}
     norms = {site.key: tensor.float().norm(dim=-1).flatten()[positions] for site, tensor in captured.items()}
@@ -41,34 +54,22 @@ def harvest_eligible(model: torch.nn.Module, span: Span, sites: list[Site]) -> S
     )
 
 
-def harvest_block(
-    model: torch.nn.Module, span: Span, sites: list[Site], limits: dict[str, float]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Kept positions [n] of a block, as indices into its tokens [sequences, T], and the rows there, each [n, D]."""
-    captured = gemma.capture(model, span.ids, sites)
-    norms = {site.key: tensor.float().norm(dim=-1) for site, tensor in captured.items()}
-    positions = kept(span.eligible, norms, limits).flatten().nonzero()[:, 0]
-    return positions, {site.key: tensor.flatten(0, 1)[positions] for site, tensor in captured.items()}
-
-
 class Harvester:
-    """Ray Data UDF: block numbers → activation rows. Owns one model, which it loads for the first block that no cache
-    has."""
+    """Ray Data UDF: block numbers → activation rows. Owns one model, and the ranks that share it; it is loaded for the
+    first block that no cache has."""
 
     def __init__(
         self, recipe: Recipe, sites: list[Site], scales: dict[str, SiteScale], tokens_path: Path, cache: Cache | None
     ):
-        torch.set_num_threads(max(1, int(recipe.harvest.cpus)))
-        self.device = torch.device("cuda" if recipe.harvest.gpus else "cpu")
         self.recipe, self.cache = recipe, cache
-        self.tokens = Sequences(recipe, tokens_path, self.device)
+        self.tokens = Sequences(recipe, tokens_path, gang.device(recipe.harvest))
         self.sequences, self.context, self.sites = recipe.harvest.sequences, recipe.corpus.context, sites
         self.blocks_of_an_epoch = math.ceil(recipe.train_sequences / self.sequences)
         self.limits = {key: recipe.harvest.outlier_norm * scale.median_norm for key, scale in scales.items()}
 
     @functools.cached_property
-    def model(self) -> torch.nn.Module:
-        return gemma.load(self.recipe.model, self.device)
+    def model(self) -> gang.Whole | gang.Gang:
+        return gang.open_model(self.recipe, self.cache.sites if self.cache else self.sites)
 
     def __call__(self, batch: Rows) -> Rows:
         block = int(batch[BLOCK][0])
@@ -83,14 +84,16 @@ class Harvester:
 
     def _rows(self, place: int) -> tuple[np.ndarray, Rows]:
         """Kept positions of a block of the text, and bf16 bits by site key."""
-        positions, rows = harvest_block(self.model, self._span(place), self.sites, self.limits)
+        span = self._span(place)
+        positions, rows = kept_rows(self.model.capture(span.ids), span, self.limits)
         return positions.cpu().numpy(), {key: encode_bf16(tensor) for key, tensor in rows.items()}
 
     def _cached_rows(self, place: int, cache: Cache) -> tuple[np.ndarray, Rows]:
         """The same from the cache, into which they are put if it lacks them."""
         shard = cache.read(place, self.limits)
         if shard is None:
-            shard = harvest_eligible(self.model, self._span(place), cache.sites)
+            span = self._span(place)
+            shard = eligible_rows(self.model.capture(span.ids), span)
             cache.write(place, shard)
         return shard.within(self.limits)
 
@@ -122,8 +125,8 @@ def activations(
         Harvester,
         fn_constructor_args=(recipe, sites, scales, tokens_path, cache),
         batch_size=1,
-        num_cpus=recipe.harvest.cpus,
-        num_gpus=recipe.harvest.gpus,
+        num_cpus=recipe.harvest.cpus * recipe.harvest.ranks,
+        num_gpus=recipe.harvest.gpus * recipe.harvest.ranks,
         compute=ActorPoolStrategy(size=recipe.harvest.actors),
     )
 

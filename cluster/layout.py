@@ -19,6 +19,7 @@ from sae.spec import DictionarySpec
 GIB, MIB = 2**30, 2**20
 PROCESS_BYTES = GIB // 2  # one Ray worker with torch and transformers loaded; measured here
 RAY_BYTES = 5 * GIB // 2  # the driver, the Train controller and Ray's own processes; measured here
+PORTION_BYTES = 8 * GIB  # of dictionaries' weights that an evaluator holds at once
 LISTED = 32  # dictionaries; the table of a larger sweep has a line a rank
 
 
@@ -192,19 +193,30 @@ class Memory(NamedTuple):
     """Planned peak bytes of one process of each role."""
 
     harvest: int
+    """Of an actor, its ranks included."""
+    rank: int
+    """Of a rank of a harvest actor that shares its model; 0 if none does."""
     workers: list[int]
+    evaluator: int
 
     def total(self, recipe: Recipe) -> int:
-        """Bytes of the whole sweep, without the object store."""
-        return RAY_BYTES + recipe.harvest.actors * self.harvest + sum(self.workers)
+        """Bytes of the whole sweep without the object store, while it fits or while it evaluates."""
+        fitting = recipe.harvest.actors * self.harvest + sum(self.workers)
+        return RAY_BYTES + max(fitting, recipe.evaluators * self.evaluator)
 
 
-def memory(recipe: Recipe, layout: Layout, model_parameters: int) -> Memory:
-    """The peak of a worker, and of a harvest actor: the model's weights and a few times a block's rows."""
+def memory(recipe: Recipe, layout: Layout, config: Any) -> Memory:
+    """The peak of a worker; of a harvest actor, which loads the model up to the last site's layer, or whose ranks do;
+    and of an evaluator, which loads it whole. `config` is the text model's."""
     item = 2 if recipe.model.dtype == "bfloat16" else 4
     block_rows = recipe.harvest.sequences * recipe.corpus.context
-    harvest = PROCESS_BYTES + model_parameters * item + 4 * block_rows * _row_bytes(layout, list(layout.widths))
-    return Memory(harvest, workers_bytes(recipe, layout))
+    running = PROCESS_BYTES + 4 * block_rows * _row_bytes(layout, list(layout.widths))
+    trunk, embedding = gemma.trunk_parameters(config, layout.sites), config.vocab_size * config.hidden_size
+    rank = _rank_bytes(recipe, item * trunk, item * embedding)
+    harvest = running + (rank * recipe.harvest.ranks if recipe.harvest.sharded else item * trunk)
+    logits = 3 * 4 * recipe.corpus.context * config.vocab_size
+    evaluator = running + item * gemma.parameters(config) + logits + _portion_bytes(layout)
+    return Memory(harvest, rank, workers_bytes(recipe, layout), evaluator)
 
 
 def workers_bytes(recipe: Recipe, layout: Layout) -> list[int]:
@@ -220,6 +232,20 @@ def workers_bytes(recipe: Recipe, layout: Layout) -> list[int]:
         for team in teams
     ]
     return [by_team[layout.place(rank).team] for rank in range(layout.n_ranks)]
+
+
+def _rank_bytes(recipe: Recipe, trunk: int, embedding: int) -> int:
+    """The peak of a rank is while it loads: it reads the whole trunk, of which tensor parallelism then keeps a share.
+    ZeRO-3 builds its share meanwhile, and gathers the embedding, the largest of all parameters."""
+    if not recipe.harvest.sharded:
+        return 0
+    return PROCESS_BYTES + trunk + (trunk // recipe.harvest.zero3 + embedding if recipe.harvest.zero3 else 0)
+
+
+def _portion_bytes(layout: Layout) -> int:
+    """Weights of the dictionaries that an evaluator holds at once."""
+    sizes = [4 * layout.parameters(spec) for spec in layout.specs]
+    return min(sum(sizes), PORTION_BYTES + max(sizes))
 
 
 def _bank_bytes(recipe: Recipe, layout: Layout, team: int) -> int:
@@ -267,10 +293,16 @@ def table(recipe: Recipe, layout: Layout, planned: Memory) -> str:
     workers = ", ".join(sizes) if len(sizes) <= 4 else f"{len(sizes)}, the largest {max(planned.workers) / GIB:.1f}"
     lines.append(
         f"memory   {planned.total(recipe) / GIB:,.1f} GiB: workers {workers}; "
-        f"{recipe.harvest.actors} harvest x {planned.harvest / GIB:.1f}; the rest Ray and the driver"
+        f"{recipe.harvest.actors} harvest x {planned.harvest / GIB:.1f}{_shared(recipe, planned)}; "
+        f"then {recipe.evaluators} evaluation x {planned.evaluator / GIB:.1f}; the rest Ray and the driver"
     )
     lines.append(f"wire     {wire(recipe, layout) / MIB:,.1f} MiB a step to the busiest worker")
     return "\n".join(lines)
+
+
+def _shared(recipe: Recipe, planned: Memory) -> str:
+    """How a harvest actor's memory is shared."""
+    return f" ({recipe.harvest.ranks} ranks x {planned.rank / GIB:.1f})" if planned.rank else ""
 
 
 def _dictionary_lines(layout: Layout) -> list[str]:

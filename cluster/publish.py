@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from cluster import checkpoint
+from cluster import checkpoint, gang
 from cluster.calibrate import SiteScale
 from cluster.evaluate import Evaluated
 from cluster.layout import Layout
@@ -39,7 +39,8 @@ def stage(recipe: Recipe, layout: Layout, scales: dict[str, SiteScale], trained:
 def publish(recipe: Recipe, staged: Path, published: Path, results: dict[str, Evaluated]) -> None:
     """Adds each dictionary's figures and recipe, seals it anew and makes all of them visible at once."""
     for id, folder in folders(recipe, staged).items():
-        (folder / "metrics.json").write_text(json.dumps({"id": id} | results[id].scores._asdict(), indent=2) + "\n")
+        metrics = {"id": id} | results[id].scores._asdict() | gang.numerics(recipe)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
         artifact.seal(folder)
     if recipe.publication.saelens:

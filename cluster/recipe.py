@@ -81,11 +81,18 @@ class Harvest(Strict):
 
     actors: PositiveInt = 1
     cpus: float = Field(1, gt=0)
-    """Cores of one actor."""
+    """Cores of one actor, or of each of its ranks."""
     gpus: int = Field(0, ge=0, le=1)
-    """GPUs of one actor."""
+    """GPUs of one actor, or of each of its ranks."""
     label_selector: LabelSelector = Field({})
     """Of the nodes that run the model: all but the fit's ranks."""
+    tensor_parallel: PositiveInt = 1
+    """Ranks of one actor that share every layer of the model, for one that is larger than a device. Changes bits."""
+    zero3: int = Field(0, ge=0)
+    """Ranks of one actor that keep the model in host memory between them, for one that is larger than its devices: each
+    layer is gathered when it is needed. Slower, and bit for bit what one rank computes. 0: the model stays whole."""
+    block_seconds: float = Field(600, gt=0)
+    """Ranks that take longer for a forward pass are killed, and new ones try it again."""
     sequences: PositiveInt = 8
     """Sequences of one forward pass. It changes bits (matrix products of other shapes round otherwise)."""
     calibration_sequences: PositiveInt = 16
@@ -95,6 +102,20 @@ class Harvest(Strict):
     cache: str | None = None
     """A folder that all nodes see: rows are kept there, and read by later epochs and sweeps of the same model, text and
     `sequences` at these or fewer sites, in place of running the model. About 2·D bytes a row and site."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes that run one actor's model."""
+        return max(self.tensor_parallel, self.zero3)
+
+    @property
+    def sharded(self) -> bool:
+        return self.tensor_parallel > 1 or self.zero3 > 0
+
+    @property
+    def gpus_for_whole(self) -> int:
+        """GPUs of a process that runs the model whole, to evaluate or finetune: one that is sharded fits into none."""
+        return 0 if self.sharded else self.gpus
 
 
 class Stream(Strict):
@@ -183,7 +204,8 @@ class Recipe(Strict):
     def cells(self) -> list[Cell]:
         """The dictionaries of the sweep, by the depth of their first sites; UserError if two have one folder."""
         shared = self.model_dump(include={"seed", "model", "corpus", "stream"})
-        harvest = self.harvest.model_dump(include={"sequences", "calibration_sequences", "outlier_norm"})
+        changing_bits = {"sequences", "calibration_sequences", "outlier_norm", "tensor_parallel"}
+        harvest = self.harvest.model_dump(include=changing_bits)
         layers = suite.model_layers(self.model.public_name)
         context = Context(self.model.name, layers, self.seed, self.training, shared | {"harvest": harvest})
         cells = [cell for n, grid in enumerate(self.sweep) for cell in expand(grid, f"sweep.{n}", context)]
@@ -209,6 +231,11 @@ class Recipe(Strict):
     @property
     def heldout_sequences(self) -> int:
         return self.corpus.heldout_tokens // self.corpus.context
+
+    @property
+    def evaluators(self) -> int:
+        """Actors of the evaluation, by which time the fit's cores are free."""
+        return max(self.harvest.actors, 1 if self.harvest.gpus_for_whole else self.fit.workers)
 
     def folder(self) -> Path:
         """The run folder, absolute."""
@@ -264,6 +291,8 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
             "corpus.context",
             f"{recipe.corpus.context} tokens do not fit into train_tokens and heldout_tokens: lower it",
         )
+    if recipe.harvest.tensor_parallel > 1 and recipe.harvest.zero3:
+        raise UserError("harvest.zero3", "a model is shared in one way: leave out tensor_parallel or zero3")
     if recipe.stream.window_sequences % recipe.harvest.sequences:
         raise UserError(
             "stream.window_sequences",

@@ -107,6 +107,6 @@ def refuse_another(field: str, place: str, kept: Path, recipe: Recipe) -> None:
 
 def results_of(recipe: dict[str, Any]) -> dict[str, Any]:
     """The part of a recipe that its results depend on: a sweep may go on with other workers or actors."""
-    placement = ("actors", "cpus", "gpus", "label_selector", "cache")
+    placement = ("actors", "cpus", "gpus", "label_selector", "cache", "zero3", "block_seconds")
     harvest = {key: value for key, value in recipe["harvest"].items() if key not in placement}
     return {key: value for key, value in recipe.items() if key not in ("fit", "output")} | {"harvest": harvest}

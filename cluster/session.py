@@ -91,8 +91,8 @@ def _note_what_is_missing(recipe: Recipe, there: dict[str, float], nodes: list[d
     """A cluster may still grow, so a sweep that does not fit waits; the person is told for what."""
     fit, harvest = recipe.fit, recipe.harvest
     wanted = {
-        "CPU": fit.workers * fit.cpus_per_worker + harvest.actors * harvest.cpus,
-        "GPU": fit.workers * fit.gpu + harvest.actors * harvest.gpus,
+        "CPU": fit.workers * fit.cpus_per_worker + harvest.actors * harvest.ranks * harvest.cpus,
+        "GPU": fit.workers * fit.gpu + harvest.actors * harvest.ranks * harvest.gpus,
     }
     for kind, count in wanted.items():
         if count > there.get(kind, 0):
@@ -105,7 +105,7 @@ def _note_what_is_missing(recipe: Recipe, there: dict[str, float], nodes: list[d
 def _local_resources(recipe: Recipe) -> dict[str, Any]:
     """Logical CPUs for all that must run at once, whatever the machine has: a laptop's two cores are shared."""
     fit = recipe.fit.workers * recipe.fit.cpus_per_worker
-    wanted = int(fit + recipe.harvest.actors * recipe.harvest.cpus) + 2
+    wanted = int(fit + recipe.harvest.actors * recipe.harvest.ranks * recipe.harvest.cpus) + 2
     return {
         "num_cpus": max(wanted, os.cpu_count() or 1),
         "include_dashboard": False,

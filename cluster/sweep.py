@@ -18,6 +18,7 @@ from cluster import (
     end_to_end,
     evaluate,
     fit,
+    gang,
     gemma,
     publish,
     report,
@@ -94,6 +95,7 @@ def _plan(recipe: Recipe) -> Layout:
     """Checks everything that can be known before anything is started, and prints the plan."""
     layout, planned = _lay_out(recipe)
     session.check_machine(recipe, planned)
+    gang.check(recipe.harvest)
     corpus.check(recipe)
     cache.check(recipe, layout.widths)
     start.check(recipe, layout)
@@ -107,7 +109,7 @@ def _plan(recipe: Recipe) -> Layout:
 def _lay_out(recipe: Recipe) -> tuple[Layout, Memory]:
     config = gemma.text_config(recipe.model)
     layout = lay_out(recipe, config)
-    return layout, memory(recipe, layout, gemma.parameters(config))
+    return layout, memory(recipe, layout, config)
 
 
 def _show(recipe: Recipe, layout: Layout, planned: Memory) -> None:

@@ -101,6 +101,20 @@ def tiny_gemma(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def grouped_gemma(tmp_path_factory) -> Path:
+    """Another, with two groups of heads, so that each of two ranks that share it has attention to do."""
+    import torch
+    from transformers import Gemma3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("grouped-gemma")
+    torch.manual_seed(2)
+    config = tiny_config(num_attention_heads=4, num_key_value_heads=2)
+    Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
 def write_documents(path: Path, count: int, seed: int) -> Path:
     """JSON lines of random words."""
     chosen = random.Random(seed)

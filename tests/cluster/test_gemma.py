@@ -1,17 +1,23 @@
-"""Capture and splice at every site, of text-only and multimodal checkpoints."""
+"""Capture and splice at every site, of text-only and multimodal checkpoints, loaded whole or as far as needed."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, Gemma3TextModel
 
-from cluster import gemma
+from cluster import gemma, layout, recipe
+from cluster.errors import UserError
+from cluster.harvest import Harvester
 from cluster.recipe import Model
 from sae.sites import HOOK_POINTS, Site
 from tests.conftest import tiny_config, write_tokenizer
 
 TOKENS = torch.randint(4, 200, (3, 20), generator=torch.Generator().manual_seed(0))
 REAL = torch.ones_like(TOKENS, dtype=torch.bool)
+STACK = "language_model.model."  # where the multimodal checkpoint keeps its decoder stack
 SITES = [Site(layer, name) for layer in (0, 2) for name in HOOK_POINTS]
 
 
@@ -28,6 +34,20 @@ def multimodal_gemma(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("multimodal-gemma")
     torch.manual_seed(1)
     Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def rename(folder: Path, source: Path, prefix: str) -> Path:
+    """A copy of a multimodal checkpoint's decoder stack under another prefix."""
+    weights = load_file(source / "model.safetensors")
+    stack = {name: tensor for name, tensor in weights.items() if name.startswith(STACK)}
+    rest = {} if prefix == "model." else {name: tensor for name, tensor in weights.items() if name not in stack}
+    renamed = {prefix + name.removeprefix(STACK): tensor for name, tensor in stack.items()}
+    folder.mkdir()
+    save_file(renamed | rest, folder / "model.safetensors", metadata={"format": "pt"})
+    config = AutoConfig.from_pretrained(source)
+    (config.get_text_config() if prefix == "model." else config).save_pretrained(folder)
     write_tokenizer(folder)
     return folder
 
@@ -96,3 +116,49 @@ def test_parameters__counts_the_text_model(tiny_gemma: Path) -> None:
     model = Model(name=str(tiny_gemma))
     counted = gemma.parameters(gemma.text_config(model))
     assert counted == sum(p.numel() for p in gemma.load(model, torch.device("cpu")).parameters())
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model.", "language_model.model."])
+def test_load_trunk__gives_the_same_bits_for_equal_text_weights(multimodal_gemma: Path, tmp_path, prefix: str) -> None:
+    """Text-only, multimodal as transformers 5 names its weights, and as Google published them."""
+    whole = gemma.load(Model(name=str(multimodal_gemma), dtype="float32"), torch.device("cpu"))
+    expected = gemma.capture(whole, TOKENS, SITES)
+    folder = rename(tmp_path / "renamed", multimodal_gemma, prefix)
+    stack = gemma.load_trunk(Model(name=str(folder), dtype="float32"), SITES, torch.device("cpu"))
+    assert type(stack) is Gemma3TextModel  # no vision tower
+    found = gemma.capture(stack, TOKENS, SITES)
+    assert list(found) == list(expected)
+    for site in SITES:
+        assert torch.equal(found[site], expected[site]), site
+
+
+def test_harvester__holds_no_parameter_beyond_the_last_site(tiny_recipe: dict, tmp_path: Path) -> None:
+    tiny_recipe["sweep"] = [{"layers": [0, 2], "activations": ["topk"], "widths": [64], "l0s": [8]}]
+    parsed = recipe.parse(tiny_recipe)
+    config = gemma.text_config(parsed.model)
+    np.save(tmp_path / "tokens.npy", TOKENS.int().numpy())
+    planned = layout.lay_out(parsed, config)
+    held = dict(Harvester(parsed, planned.sites, {}, tmp_path / "tokens.npy").model.model.named_parameters())
+    whole = dict(gemma.trunk(gemma.load(parsed.model, torch.device("cpu"))).named_parameters())
+    assert held.keys() == {name for name in whole if not name.startswith(("layers.3.", "norm."))}
+    counted = sum(parameter.numel() for parameter in held.values())
+    assert counted == gemma.trunk_parameters(config, planned.sites) < gemma.parameters(config)
+    # The planner counts these bytes, and no others of the model.
+    deeper = layout.lay_out(
+        recipe.parse(tiny_recipe | {"sweep": [tiny_recipe["sweep"][0] | {"layers": [0, 3]}]}), config
+    )
+    beyond = sum(parameter.numel() for name, parameter in whole.items() if name.startswith("layers.3."))
+    sizes = [layout.memory(parsed, it, config).harvest for it in (planned, deeper)]
+    assert sizes[1] - sizes[0] == 2 * beyond
+
+
+def test_load_trunk__refuses_a_checkpoint_that_lacks_weights(tiny_gemma: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny_gemma / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((tiny_gemma / "config.json").read_text())
+    write_tokenizer(tmp_path)
+    model = Model(name=str(tmp_path))
+    gemma.load_trunk(model, [Site(0, "resid_post")], torch.device("cpu"))  # not needed, not missed
+    with pytest.raises(UserError, match=r"no layers\.1\.mlp\.up_proj"):
+        gemma.load_trunk(model, [Site(1, "resid_post")], torch.device("cpu"))

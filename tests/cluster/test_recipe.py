@@ -23,7 +23,7 @@ def test_shipped_recipes_parse_expand_and_plan(path: Path) -> None:
     config = gemma.text_config(recipe.model)
     layout = lay_out(recipe, config)
     assert layout.specs == recipe.specs()
-    planned = memory(recipe, layout, gemma.parameters(config))
+    planned = memory(recipe, layout, config)
     assert planned.total(recipe) > 0
     assert len(table(recipe, layout, planned).splitlines()) < 100
 

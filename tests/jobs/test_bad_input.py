@@ -87,6 +87,7 @@ CASES = {
     "less text than tokens": ("corpus.train_tokens", 10**9, ["corpus.train_tokens", "lower it or add text"]),
     "more workers than dictionaries": ("fit.workers", 7, ["fit.workers", "at most one each"]),
     "a window of broken forward passes": ("stream.window_sequences", 12, ["stream.window_seq", "harvest.sequences"]),
+    "a model shared in two ways": ("harvest", {"tensor_parallel": 2, "zero3": 2}, ["harvest.zero3", "leave out"]),
     "more memory than there is": ("sweep.0.widths", [400_000_000], ["sweep", "GiB", "lower widths"]),
     "labels on one machine": (
         "harvest.label_selector", {"ray-subcluster": "harvest"}, ["harvest.label_selector", "submit it to a cluster"],
@@ -157,6 +158,13 @@ def test_bad_corpus_file(
 def test_what_a_topk_transcoder_cannot_have(asked, part, tiny_recipe: dict, tmp_path, monkeypatch, capsys) -> None:
     grid = {"kind": "transcoder", "layers": [0], "activations": ["topk"], "widths": [64], "l0s": [8]}
     check(*run(monkeypatch, capsys, tiny_recipe | {"sweep": [grid]} | asked, tmp_path), [part, "topk"])
+
+
+@pytest.mark.parametrize("way", ["tensor_parallel", "zero3"])
+def test_a_shared_model_without_deepspeed(way: str, tiny_recipe: dict, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # which is how Python says that there is none
+    recipe = changed(tiny_recipe, f"harvest.{way}", 2)
+    check(*run(monkeypatch, capsys, recipe, tmp_path), [f"harvest.{way}", "not installed: ", "pip install", "leave it"])
 
 
 def test_a_model_that_is_no_gemma(tiny_recipe: dict, tmp_path: Path, monkeypatch, capsys) -> None:
