@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.checkpoint import Checkpoints, Collector, Position, Writer, load, name
+from cluster.checkpoint import Checkpoints, Collector, Position, State, Writer, name
 from cluster.store import FolderStore, S3Store
 from sae.artifact import MANIFEST
 
@@ -88,7 +88,7 @@ def recovered(checkpoints: Checkpoints) -> int:
     found = checkpoints.newest()
     assert found is not None
     for id in IDS:
-        loaded = load(found.folder, id)
+        loaded = State(found.folder, id)
         assert loaded.keys() == state(id, 0).keys()
         for key, tensor in state(id, found.position.step).items():
             assert torch.equal(loaded[key], tensor), f"torn: {id} of {found.folder}"
@@ -232,4 +232,4 @@ def test_writer__writes_the_state_at_its_start_whatever_becomes_of_it_meanwhile(
         checkpoints.commit(part["name"], part["files"])
         found = checkpoints.newest()
         assert found is not None
-        assert torch.equal(load(found.folder, "a")["w"], torch.full((1000,), float(at)))
+        assert torch.equal(State(found.folder, "a")["w"], torch.full((1000,), float(at)))

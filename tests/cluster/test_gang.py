@@ -17,7 +17,7 @@ from cluster.errors import UserError
 from cluster.gang import TOLERANCE, Gang, GangFailed, RankLost, Whole
 from cluster.gemma import count
 from cluster.recipe import Recipe
-from cluster.store import results_of
+from cluster.run_folder import results_of
 from sae.sites import HOOK_POINTS, Site
 
 pytest.importorskip("deepspeed", reason="the extra `sharded` is not installed")
