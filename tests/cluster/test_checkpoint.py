@@ -4,6 +4,7 @@ The oracle is the state itself: what is recovered equals bit for bit what was wr
 """
 
 import errno
+import functools
 import itertools
 import os
 import shutil
@@ -95,12 +96,20 @@ def recovered(checkpoints: Checkpoints) -> int:
     return found.position.step
 
 
+@functools.cache
+def unused_store(url: str) -> S3Store:
+    """One without connections, which the forks of this process must not share; to make it takes a while."""
+    store = S3Store(url)
+    assert store.client
+    return store
+
+
 def killed_while_writing(checkpoints: Checkpoints, step: int, boundary: int) -> bool:
     """Whether a process that writes a checkpoint was killed at this boundary; else it has finished."""
+    unused = unused_store(checkpoints.store.url) if isinstance(checkpoints.store, S3Store) else checkpoints.store
     child = os.fork()
     if child == 0:
-        if isinstance(checkpoints.store, S3Store):
-            checkpoints.store = S3Store(checkpoints.store.url)  # connections of its own
+        checkpoints.store = unused
         Fault.left = boundary
         try:
             write(checkpoints, step)

@@ -85,4 +85,4 @@ def test_server_and_machine_die__another_machine_resumes_with_the_same_weights(
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 50
     assert not [path for path in written if SECRET.encode() in path.read_bytes()]
-    assert not [name for name in names if SECRET.encode() in store.read(name)]
+    assert not [name for name in store.names() if SECRET.encode() in store.read(name)]
