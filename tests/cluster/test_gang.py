@@ -137,18 +137,17 @@ def test_ranks__die_with_the_process_that_started_them(grouped_gemma, tmp_path: 
         # From a thread that ends: the ranks must not end with it.
         "starter = threading.Thread(target=gang.capture, args=[torch.zeros(1, 4, dtype=torch.long)])\n"
         "starter.start(); starter.join(); time.sleep(1)\n"
-        "print(*(rank.pid for rank in gang.ranks if rank.poll() is None), flush=True); time.sleep(600)"
+        "print('ranks', *(rank.pid for rank in gang.ranks if rank.poll() is None), flush=True); time.sleep(600)"
     )
     leader = subprocess.Popen([sys.executable, "-c", body], stdout=subprocess.PIPE, text=True)
-    started: list[int] = []
-    while len(started) != 2:  # DeepSpeed talks on stdout too
-        line = leader.stdout.readline()
-        assert line
-        started = [int(word) for word in line.split() if line.replace(" ", "").strip().isdigit()]
-    assert alive(started) == started
-    os.kill(started[1], signal.SIGSTOP)
-    leader.kill()
-    leader.wait()
+    try:
+        line = next(line for line in leader.stdout if line.startswith("ranks"))  # DeepSpeed talks there too
+        started = [int(word) for word in line.split()[1:]]
+        assert len(started) == 2
+        os.kill(started[1], signal.SIGSTOP)
+    finally:
+        leader.kill()
+        leader.wait()
     deadline = time.monotonic() + 10
     while alive(started):
         assert time.monotonic() < deadline, f"orphans: {alive(started)}"
