@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 RECIPE ?= jobs/recipes/demo.yaml
 
-.PHONY: help sweep check-demo test test-quick bench-quality lint format clean
+.PHONY: help sweep check-demo test test-quick test-chaos bench-quality lint format clean
 .DEFAULT_GOAL := help
 
 help: ## these lines
@@ -16,11 +16,14 @@ sweep: $(VENV)/.run ## train, compare and publish the dictionaries of RECIPE (de
 check-demo: sweep ## hold the demo's figures against their targets
 	@$(PY) tests/check_demo.py runs/demo/summary.json
 
-test: $(VENV)/.dev ## all tests, the real Gemma 3 270M included (minutes)
-	$(PY) -m pytest
+test: $(VENV)/.dev ## all tests but those of test-chaos, the real Gemma 3 270M included (minutes)
+	$(PY) -m pytest -m "not chaos"
+
+test-chaos: $(VENV)/.dev ## sweeps on other meshes, machines and stores, killed on the way (minutes more)
+	$(PY) -m pytest -m chaos $(CHAOS)
 
 test-quick: $(VENV)/.dev ## the tests that need seconds
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow and not chaos"
 
 bench-quality: $(VENV)/.dev ## FVU and dead latents beside SAELens and dictionary_learning on the same rows (hours; resumes)
 	$(PY) tests/bench/quality/run.py $(QUALITY)

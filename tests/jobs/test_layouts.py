@@ -13,7 +13,7 @@ from sae import artifact
 from tests import flat_loop
 from tests.published import tensors
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 
 
 @pytest.fixture

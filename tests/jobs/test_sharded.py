@@ -17,7 +17,7 @@ from tests.jobs.conftest import Job
 from tests.published import tensors
 
 pytest.importorskip("deepspeed", reason="the extra `sharded` is not installed")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from cluster.store import S3Store
 from tests.s3_server import SECRET
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 WAIT = 900  # seconds, of which a busy machine needs many
 
 

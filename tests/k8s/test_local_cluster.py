@@ -20,7 +20,7 @@ from tests.k8s.manifests import ROOT, clusters, load, of_kind
 from tests.published import tensors
 from tests.raylets import RAY, Raylets
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 MANIFESTS = load("k8s/base")
 PLACEMENT = recipes.load(str(ROOT / "k8s" / "recipe.yaml"))
 
