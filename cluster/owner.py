@@ -53,7 +53,7 @@ class Claim:
         self.store = S3Store(store.url, IMPATIENT)
         self.name = ""
         self.ended = threading.Event()
-        self.content = {
+        self.content: dict[str, Any] = {
             "host": platform.node(),
             "machine": machine(),
             "pid": os.getpid(),
