@@ -158,8 +158,8 @@ def test_read__any_damaged_byte_is_noticed_and_the_block_harvested_again(parsed,
     for cut in (0, 7, header, len(whole) - 1):
         path.write_bytes(whole[:cut])
         assert run.cache.read(1, keys) is None
-    load = gemma.load
-    monkeypatch.setattr(gemma, "load", lambda *a: loads.append(1) or load(*a))
+    load = gemma.load_trunk
+    monkeypatch.setattr(gemma, "load_trunk", lambda *a: loads.append(1) or load(*a))
     path.write_bytes(whole[: header + 100] + bytes([whole[header + 100] ^ 4]) + whole[header + 101 :])
     assert_same(run.blocks([1]), alone)
     assert loads == [1]  # the fault was met, and mended:

@@ -395,6 +395,6 @@ def test_until_stop__an_answer_ends_with_the_turn(template: Template) -> None:
 def test_padder__takes_no_more_than_it_needs() -> None:
     settings = recipe.Corpus(kind="chat", paths=["x"], context=8, train_tokens=8, heldout_tokens=8)
     padder = chat.Padder(0, settings, 2)
-    ids = [np.arange(n, dtype=np.int32) for n in (3, 9, 4)]
+    ids = [np.arange(n, dtype=np.int32) for n in (4, 6, 9, 7)]  # the first is all static tokens
     padder.add(ids, [np.full(len(part), USER, np.uint8) for part in ids])
-    assert [sequence.tolist() for sequence in padder.sequences] == [[0, 1, 2, 0, 0, 0, 0, 0], list(range(8))]
+    assert [sequence.tolist() for sequence in padder.sequences] == [[0, 1, 2, 3, 4, 5, 0, 0], list(range(8))]

@@ -138,7 +138,7 @@ def test_harvester__holds_no_parameter_beyond_the_last_site(tiny_recipe: dict, t
     config = gemma.text_config(parsed.model)
     np.save(tmp_path / "tokens.npy", TOKENS.int().numpy())
     planned = layout.lay_out(parsed, config)
-    held = dict(Harvester(parsed, planned.sites, {}, tmp_path / "tokens.npy").model.model.named_parameters())
+    held = dict(Harvester(parsed, planned.sites, {}, tmp_path / "tokens.npy", None).model.model.named_parameters())
     whole = dict(gemma.trunk(gemma.load(parsed.model, torch.device("cpu"))).named_parameters())
     assert held.keys() == {name for name in whole if not name.startswith(("layers.3.", "norm."))}
     counted = sum(parameter.numel() for parameter in held.values())

@@ -104,7 +104,7 @@ def test_resampling__needs_a_dictionary_whole(one: dict) -> None:
 
 def test_table__says_who_holds_what_and_how_it_is_cut(one: dict) -> None:
     recipe, layout = plan(one, workers=4, shards=2, replicas=2)
-    text = table(recipe, layout, memory(recipe, layout, 0))
+    text = table(recipe, layout, memory(recipe, layout, gemma.text_config(recipe.model)))
     assert "0-3 " in text
     assert "each dictionary's latents over 2 and rows over 2" in text
     assert f"{wire(recipe, layout) / 2**20:,.1f} MiB a step" in text

@@ -131,6 +131,7 @@ class Owner:
         if self.pid == 0:
             os.close(self.input)
             os.dup2(told, 1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray, if a test before this one started it, has its own
             if machine:
                 owner.machine = lambda: machine
             owner.BEAT_SECONDS, owner.LEASE_SECONDS = 0.2, 4.0

@@ -5,13 +5,14 @@ import itertools
 import pytest
 import torch
 
-from sae import schedule
+from sae import objective, schedule
 from sae.activations import DEAD_THRESHOLD_DECAY
 from sae.dead import auxk_pairs, badly_rebuilt_rows
 from sae.fold import Scales, fold, unfold
 from sae.matryoshka import prefix_ends
-from sae.spec import AuxK, DictionarySpec, Matryoshka, Training
+from sae.spec import DictionarySpec, Matryoshka, Training
 from sae.step import TrainingDictionary
+from sae.team import ALONE
 from tests.sae.specs import ACTIVATIONS, KINDS, SITE_WIDTHS, make_rows, make_spec
 
 SCALES = {key: 50.0 * (n + 1) for n, key in enumerate(SITE_WIDTHS)}
@@ -68,7 +69,7 @@ def test_trained__ships_what_training_selects(activation: str) -> None:
     x, _ = make_rows(dictionary.spec, seed=7)
     latents, _ = trained_output(dictionary, x)
     now = schedule.now(dictionary.spec, 0.5, 6)
-    pairs = dictionary.activation.select(dictionary._pre_activations(x - dictionary.parameters["b_dec"]), now)
+    pairs = dictionary.activation.select(dictionary._pre_activations(x - dictionary.parameters["b_dec"]), len(x), now)
     values = torch.zeros_like(latents)
     values[pairs.rows_P, pairs.latents_P] = pairs.values_P
     torch.testing.assert_close(values, latents)
@@ -167,13 +168,20 @@ def test_badly_rebuilt_rows__are_different_and_bad_ones_more_likely() -> None:
     assert torch.equal(badly_rebuilt_rows(error, 10, seed=0, step=3), drawn[3])
 
 
-def test_auxk__takes_half_the_written_width_of_dead_latents_a_row() -> None:
+def test_auxk__takes_half_the_written_width_of_dead_latents_a_row(monkeypatch) -> None:
     pre, dead = torch.rand(5, 40) + 0.1, torch.arange(0, 40, 2)
-    pairs = auxk_pairs(AuxK(), pre, dead, d_out=12)
+    pairs = auxk_pairs(6, pre, dead, ALONE.latents)
     assert torch.bincount(pairs.rows_P).tolist() == [6] * 5
     for row in range(5):
         taken = pairs.latents_P[pairs.rows_P == row]
         assert set(taken.tolist()) == set(dead[pre[row, dead].topk(6).indices].tolist())
+
+    counts = []
+    monkeypatch.setattr(objective, "auxk_pairs", lambda count, *rest: counts.append(count) or auxk_pairs(count, *rest))
+    dictionary = started(make_spec("sae", auxk={}))
+    dictionary.idle.rows_F[:] = 10_000
+    dictionary.step(*make_rows(dictionary.spec, seed=9), progress=0.5)
+    assert counts[-1] == dictionary.shape.d_out // 2
 
 
 @pytest.mark.parametrize("auxk", [None, {}])
