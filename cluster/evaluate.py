@@ -22,7 +22,7 @@ from torch import Tensor
 from cluster import gemma
 from cluster.calibrate import SiteScale
 from cluster.harvest import BLOCK, blocks, harvest_block
-from cluster.layout import PORTION_BYTES
+from cluster.memory import PORTION_BYTES
 from cluster.recipe import Recipe
 from cluster.tokens import Sequences, Span
 from sae import artifact

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from cluster.console import say
 from cluster.errors import UserError
-from cluster.layout import GIB, Memory
+from cluster.memory import GIB, Memory
 from cluster.recipe import Recipe
 
 OBJECT_STORE_BYTES = GIB  # of a local session: a window's rows and what is prefetched are far below it

@@ -31,8 +31,10 @@ from cluster.calibrate import SiteScale, calibrate
 from cluster.checkpoint import Checkpoints
 from cluster.console import say, this_command
 from cluster.errors import UserError
-from cluster.layout import Layout, Memory, lay_out, memory, table
+from cluster.layout import Layout
+from cluster.memory import Memory, memory
 from cluster.packages import GEMMA_NOTICE, is_package
+from cluster.planner import lay_out, table
 from cluster.progress import LiveLine
 from cluster.recipe import Recipe
 from cluster.run_folder import RunFolder

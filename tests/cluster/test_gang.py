@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from cluster import gang, gemma, layout, packages, recipe
+from cluster import gang, gemma, memory, packages, planner, recipe
 from cluster.errors import UserError
 from cluster.gang import TOLERANCE, Gang, GangFailed, RankLost, Whole
 from cluster.gemma import count
@@ -203,14 +203,14 @@ def test_plan__counts_every_rank(tiny_gemma: Path) -> None:
     for harvest in ({}, TENSOR_PARALLEL, {"tensor_parallel": 3}, ZERO_3):
         one = recipe_of(tiny_gemma, harvest)
         config = gemma.text_config(one.model)
-        laid_out = layout.lay_out(one, config)
-        planned.append(layout.memory(one, laid_out, config))
-        lines.append(layout.table(one, laid_out, planned[-1]))
+        laid_out = planner.lay_out(one, config)
+        planned.append(memory.memory(one, laid_out, config))
+        lines.append(planner.table(one, laid_out, planned[-1]))
     whole, two, three, away = planned
     trunk = 4 * gemma.trunk_parameters(config, laid_out.sites)
-    assert two.rank == layout.PROCESS_BYTES + trunk
+    assert two.rank == memory.PROCESS_BYTES + trunk
     assert three.harvest - two.harvest == two.rank
     assert two.harvest == whole.harvest - trunk + 2 * two.rank
-    assert away.rank > layout.PROCESS_BYTES + trunk + trunk // 2
+    assert away.rank > memory.PROCESS_BYTES + trunk + trunk // 2
     assert " ranks x " not in lines[0]
     assert "1 harvest x 1.5 (2 ranks x 0.5)" in lines[1]

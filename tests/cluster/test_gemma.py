@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Gemma3TextModel
 
-from cluster import gemma, layout, recipe
+from cluster import gemma, memory, planner, recipe
 from cluster.errors import UserError
 from cluster.harvest import Harvester
 from cluster.recipe import Model
@@ -137,18 +137,18 @@ def test_harvester__holds_no_parameter_beyond_the_last_site(tiny_recipe: dict, t
     parsed = recipe.parse(tiny_recipe)
     config = gemma.text_config(parsed.model)
     np.save(tmp_path / "tokens.npy", TOKENS.int().numpy())
-    planned = layout.lay_out(parsed, config)
+    planned = planner.lay_out(parsed, config)
     held = dict(Harvester(parsed, planned.sites, {}, tmp_path / "tokens.npy", None).model.model.named_parameters())
     whole = dict(gemma.trunk(gemma.load(parsed.model, torch.device("cpu"))).named_parameters())
     assert held.keys() == {name for name in whole if not name.startswith(("layers.3.", "norm."))}
     counted = sum(parameter.numel() for parameter in held.values())
     assert counted == gemma.trunk_parameters(config, planned.sites) < gemma.parameters(config)
     # The planner counts these bytes, and no others of the model.
-    deeper = layout.lay_out(
+    deeper = planner.lay_out(
         recipe.parse(tiny_recipe | {"sweep": [tiny_recipe["sweep"][0] | {"layers": [0, 3]}]}), config
     )
     beyond = sum(parameter.numel() for name, parameter in whole.items() if name.startswith("layers.3."))
-    sizes = [layout.memory(parsed, it, config).harvest for it in (planned, deeper)]
+    sizes = [memory.memory(parsed, it, config).harvest for it in (planned, deeper)]
     assert sizes[1] - sizes[0] == 2 * beyond
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from cluster import gemma
-from cluster.layout import lay_out, memory, table
+from cluster.memory import memory
+from cluster.planner import lay_out, table
 from cluster.recipe import load, parse
 from jobs import sweep as job
 from sae.presets import GEMMA_SCOPE_2
@@ -20,7 +21,9 @@ RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_shipped_recipes_parse_expand_and_plan(path: Path) -> None:
     recipe = load(str(path))
-    config = gemma.text_config(recipe.model)
+    # The instruction-tuned 270M is on Hugging Face only, and of the packaged one's shape.
+    assert recipe.model.name in ("package:gemma-3-270m", "google/gemma-3-270m-it")
+    config = gemma.text_config(recipe.model.model_copy(update={"name": "package:gemma-3-270m"}))
     layout = lay_out(recipe, config)
     assert layout.specs == recipe.specs()
     planned = memory(recipe, layout, config)

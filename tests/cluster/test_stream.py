@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from cluster.exchange import exchange
 from cluster.harvest import BLOCK, BLOCK_ROWS, ROW, encode_bf16
 from cluster.layout import Layout
+from cluster.recipe import Stream
 from cluster.stream import Order, WindowReader
 from sae.spec import DictionarySpec, Options, Training
 
@@ -148,6 +149,31 @@ def test_batches__are_shuffled_within_their_window_and_differ_between_windows_an
     assert not torch.equal(first, first.sort().values)
     assert not torch.equal(first, second)
     assert not torch.equal(first, reseeded)
+
+
+def pairs_of_one_sequence(batches: list[torch.Tensor], context: int) -> float:
+    """The mean share of a batch's pairs of rows that are of one sequence; batches of row ids."""
+    shares = []
+    for ids in batches:
+        _, counts = (ids // context).unique(return_counts=True)
+        shares.append((counts * (counts - 1)).sum().item() / (len(ids) * (len(ids) - 1)))
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize("windows", [1, 2, 6])
+def test_batches__are_as_mixed_as_their_window_allows(windows: int) -> None:
+    """Within a window like a full shuffle of its rows; against one of the whole text as many times worse as there are
+    windows, since a sequence is in one of them: at most twice where there are two."""
+    context, settings = 128, Stream()
+    sequences = windows * settings.window_sequences
+    order = Order(sequences, context, 8, settings.window_sequences, settings.batch_rows, seed=1)
+    rows = settings.window_sequences * context
+    found = [window * rows + chosen for window in range(windows) for chosen in order.batches(window, rows)]
+    alone = pairs_of_one_sequence(found, context)
+    everything = torch.randperm(windows * rows, generator=torch.Generator().manual_seed(2))
+    shuffled = pairs_of_one_sequence(list(everything.split(settings.batch_rows)), context)
+    assert alone / shuffled == pytest.approx(windows, rel=0.02)
+    assert alone == pytest.approx((context - 1) / (rows - 1), rel=0.02)
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

@@ -6,7 +6,9 @@ import pytest
 
 from cluster import gemma
 from cluster.errors import UserError
-from cluster.layout import GIB, Layout, Place, lay_out, memory, table, wire, workers_bytes
+from cluster.layout import Layout, Place
+from cluster.memory import GIB, memory, wire, workers_bytes
+from cluster.planner import lay_out, table
 from cluster.recipe import Recipe, parse
 from sae.shape import Shape
 
