@@ -16,7 +16,7 @@ from tests.conftest import WORDS, write_chat_tokenizer
 from tests.jobs.conftest import Job
 from tests.published import tensors
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 
 GRID = {"activations": ["batch_topk"], "widths": [64], "l0s": [8]}
 
