@@ -223,6 +223,7 @@ def wait_for(url: str) -> None:
     pytest.fail(f"{url} does not answer")
 
 
+@pytest.mark.chaos
 def test_a_killed_worker__the_job_finishes_by_itself_with_the_same_weights(sweep: dict, run_job, known) -> None:
     sweep["harvest"] |= {"actors": 2}
     job = run_job(sweep)
@@ -243,6 +244,7 @@ def test_a_killed_worker__the_job_finishes_by_itself_with_the_same_weights(sweep
     assert_equals_flat_loop(sweep, job.output, known)
 
 
+@pytest.mark.chaos
 def test_ctrl_c_then_kill__the_same_command_resumes_on_other_workers(sweep: dict, run_job, known) -> None:
     first = run_job(sweep)
     first.wait_for_step(25)
