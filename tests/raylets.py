@@ -42,7 +42,7 @@ class Raylets:
             f"--ray-client-server-port={free_port()}", f"--temp-dir={self.files}", "--dashboard-host=127.0.0.1",
             "--object-store-memory=500000000",
         )  # fmt: skip
-        self.wait_until(lambda: self.ask("/api/version"))
+        self.wait_until(self.alive)  # the dashboard answers before the head is a node of its own cluster
 
     def start_worker(self, cpus: int, labels: dict[str, str]) -> None:
         """A node that joins the head. One at a time: two that start at once take each other's sockets."""
