@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
-from cluster import suite
+from cluster import s3, suite
 from cluster.errors import UserError
 from cluster.grid import Cell, Context, FromPreset, Grid, Name, expand, nearest
 from cluster.packages import PREFIX, PUBLISHED_NAMES
@@ -274,9 +274,7 @@ def load(path: str) -> Recipe:
 def _text(path: str) -> str:
     if not path.startswith("s3://"):
         return Path(path).read_text()
-    from cluster import sources  # which needs the models of this file
-
-    return sources.read_text(path, "recipe")
+    return s3.read_text(path, "recipe")
 
 
 def parse(content: dict[str, typing.Any]) -> Recipe:

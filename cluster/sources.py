@@ -1,25 +1,22 @@
-"""Where a corpus lies: local files, S3 objects or a package, checked before anything is started; texts on S3."""
+"""Where a corpus lies: local files, S3 objects or a package, checked before anything is started."""
 
 import fnmatch
 import glob
 import json
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 import boto3
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from cluster import packages
+from cluster import packages, s3
 from cluster.errors import UserError
 from cluster.recipe import Corpus
 
 FORMATS = (".jsonl", ".txt", ".parquet")
-S3_REMEDY = "check the bucket, the AWS_* variables and AWS_ENDPOINT_URL"
 
 
 def find(corpus: Corpus) -> tuple[pafs.FileSystem, list[str], str]:
@@ -67,15 +64,15 @@ def _expand(pattern: str) -> tuple[pafs.FileSystem, list[str]]:
 
 def _expand_s3(pattern: str) -> tuple[pafs.FileSystem, list[str]]:
     """Lists with boto3, which finds endpoint and keys as AWS clients do; reads with pyarrow, as Ray Data does."""
-    bucket, key = _bucket_and_key(pattern)
+    bucket, key = s3.bucket_and_key(pattern)
     prefix = key.split("*")[0].split("?")[0].split("[")[0]
     try:
-        client = _client()
+        client = s3.client()
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
         frozen = boto3.Session().get_credentials().get_frozen_credentials()
     except (BotoCoreError, ClientError, AttributeError) as error:
-        raise UserError("corpus.paths", f"{pattern!r} cannot be listed ({error}): {S3_REMEDY}") from error
+        raise UserError("corpus.paths", f"{pattern!r} cannot be listed ({error}): {s3.REMEDY}") from error
     files = sorted(f"{bucket}/{name}" for name in keys if name == key or fnmatch.fnmatchcase(name, key))
     if not files:
         raise UserError("corpus.paths", f"{pattern!r} matches no object: check the bucket and the key")
@@ -89,23 +86,6 @@ def _expand_s3(pattern: str) -> tuple[pafs.FileSystem, list[str]]:
         scheme=urlparse(endpoint).scheme,
     )
     return filesystem, files
-
-
-def read_text(url: str, field: str) -> str:
-    """The text of an S3 object; UserError, naming `field`, if it cannot be read."""
-    bucket, key = _bucket_and_key(url)
-    try:
-        return _client().get_object(Bucket=bucket, Key=key)["Body"].read().decode()
-    except (BotoCoreError, ClientError, UnicodeDecodeError) as error:
-        raise UserError(field, f"{url!r} cannot be read ({error}): {S3_REMEDY}") from error
-
-
-def _bucket_and_key(url: str) -> tuple[str, str]:
-    return urlparse(url).netloc, urlparse(url, allow_fragments=False).path.lstrip("/")
-
-
-def _client() -> Any:
-    return boto3.client("s3", config=Config(connect_timeout=5, retries={"max_attempts": 1}))
 
 
 def _probe(filesystem: pafs.FileSystem, path: str, format: str, corpus: Corpus) -> None:
