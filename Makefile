@@ -19,7 +19,7 @@ check-demo: sweep ## hold the demo's figures against their targets
 test: $(VENV)/.dev ## all tests but those of test-chaos, the real Gemma 3 270M included (minutes)
 	$(PY) -m pytest -m "not chaos"
 
-test-chaos: $(VENV)/.dev ## sweeps on other meshes, machines and stores, killed on the way (minutes more)
+test-chaos: $(VENV)/.dev ## sweeps on other meshes, machines and stores; what is killed on the way (minutes more)
 	$(PY) -m pytest -m chaos $(CHAOS)
 
 test-quick: $(VENV)/.dev ## the tests that need seconds

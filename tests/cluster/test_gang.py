@@ -83,7 +83,7 @@ def test_tensor_parallel__is_within_its_tolerance_at_every_site(grouped_gemma, s
     assert max(gang.resident) < 0.7 * count(whole.model)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_tensor_parallel__in_bfloat16_adds_no_more_than_bfloat16_does(grouped_gemma, start) -> None:
     exact = Whole(recipe_of(grouped_gemma, {}), SITES).capture(TOKENS)
     exact = {site: tensor.bfloat16() for site, tensor in exact.items()}
@@ -103,7 +103,7 @@ def test_zero_3__is_the_unsharded_model_bit_for_bit_and_keeps_nothing_between_bl
         assert gang.resident == [0, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_rank_that_stops_or_dies__is_replaced_and_the_block_is_the_same(grouped_gemma, start) -> None:
     gang = start(grouped_gemma, tensor_parallel=2)
     calm = gang.capture(TOKENS)
@@ -128,7 +128,7 @@ def test_a_rank_that_stops_or_dies__is_replaced_and_the_block_is_the_same(groupe
     assert not alive(second)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_ranks__die_with_the_process_that_started_them(grouped_gemma, tmp_path: Path) -> None:
     """Even a rank that is stopped, and a leader that is killed and can tell nobody."""
     (tmp_path / "recipe.yaml").write_text(recipe_of(grouped_gemma, TENSOR_PARALLEL).to_yaml())
@@ -177,7 +177,7 @@ def test_a_block__is_tried_a_few_times_and_no_more(start, monkeypatch) -> None:
     assert len(begun) == gang.ATTEMPTS
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_real_gemma__shared_by_two_ranks_is_within_the_tolerance(start) -> None:
     name = "package:gemma-3-270m"
     if not (packages.cache() / packages.PACKAGES["gemma-3-270m"][0]).exists():

@@ -124,6 +124,7 @@ def test_s3_put_new__an_attempt_whose_answer_was_lost_has_succeeded(s3) -> None:
         place.put_new("x", b"theirs")
 
 
+@pytest.mark.chaos
 def test_s3_store__waits_for_a_server_that_is_away(s3, s3_server) -> None:
     place = pickle.loads(pickle.dumps(S3Store(f"s3://runs/{uuid.uuid4().hex}")))  # as it reaches other processes
     place.put_new("before", b"x")
