@@ -271,22 +271,24 @@ class JumpReLU(Activation):
         if settings.penalty == "tanh":
             saturation_P = torch.tanh(settings.tanh_scale * pairs.values_P)
             grad_values_P = grad_values_P + strength * settings.tanh_scale * (1 - saturation_P.square()) / n_rows
-        fired_F, excess_F = (
-            self.team.rows.sum(self._per_latent(values_P, pairs)) / n_rows
-            for values_P in (active_P, (pairs.pre_P - threshold_P) * active_P)
-        )
         in_band_P = (pairs.pre_P - threshold_P).abs() < settings.bandwidth / 2
-        step_P = threshold_P * grad_values_P + self._l0_slope(fired_F, strength, now) / n_rows
+        step_P = threshold_P * grad_values_P + self._l0_slope(pairs, n_rows, strength, now) / n_rows
         gradient_F = self._per_latent(-(in_band_P / settings.bandwidth) * step_P, pairs)
-        # Of replicas, whose gradients are summed, one adds what is the same at all.
-        is_first = self.team.rows.index == 0
-        self.gradients["threshold"] = gradient_F + is_first * self._frequency_gradient(fired_F, excess_F, now)
+        if settings.frequency_coefficient > 0:
+            fired_F, excess_F = (
+                self.team.rows.sum(self._per_latent(values_P, pairs)) / n_rows
+                for values_P in (active_P, (pairs.pre_P - threshold_P) * active_P)
+            )
+            # Of replicas, whose gradients are summed, one adds what is the same at all.
+            is_first = self.team.rows.index == 0
+            gradient_F += is_first * self._frequency_gradient(fired_F, excess_F, now)
+        self.gradients["threshold"] = gradient_F
         return grad_values_P * active_P
 
-    def _l0_slope(self, frequency_F: Tensor, strength: Tensor, now: Now) -> Tensor:
+    def _l0_slope(self, pairs: Pairs, n_rows: int, strength: Tensor, now: Now) -> Tensor:
         """∂penalty/∂L0, a 0-d tensor."""
         if self.settings.penalty == "quadratic":
-            return strength * (4 / now.l0) * (self.team.latents.sum(frequency_F.sum()) - now.l0)
+            return strength * (4 / now.l0) * (self._active(pairs.values_P) / n_rows - now.l0)
         return strength if self.settings.penalty == "linear" else torch.zeros_like(strength)
 
     def _frequency_gradient(self, fired_F: Tensor, excess_F: Tensor, now: Now) -> Tensor:

@@ -25,7 +25,7 @@ class FitSums:
         """FVU and L0 over the batches since the last call; every rank of the team calls."""
         self.team.latents.sum(self.sums[2:])  # every shard has the whole error, and the active pairs of its latents
         squared_error, variance, active = self.team.rows.sum(self.sums).tolist()
-        rows = self.team.total(self.rows, self.team.rows, self.sums.device)
+        rows = self.team.rows.total(self.rows, self.sums.device)
         figures = {"fvu": squared_error / variance, "l0": active / rows}
         self.sums.zero_()
         self.rows = 0

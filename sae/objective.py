@@ -83,7 +83,7 @@ class Objective:
             return
         dead = self.idle.dead
         if options.auxk is not None:
-            all_dead = self.team.total(len(dead), self.team.latents, dead.device)
+            all_dead = self.team.latents.total(len(dead), dead.device)
             if all_dead:
                 self._rebuild_what_is_left(options.auxk, dead, all_dead)
         if options.preactivation is not None and len(dead):

@@ -75,7 +75,7 @@ class TrainingDictionary:
     @torch.no_grad()
     def set_gradients(self, x_BD: Tensor, y_BD: Tensor, progress: float) -> Tensor:
         """Sets every learned tensor's `.grad`, as `step` does before Adam; the error ŷ − y. [B, d_out]"""
-        n_rows = self.team.total(len(x_BD), self.team.rows, self.device)
+        n_rows = self.team.rows.total(len(x_BD), self.device)
         if self.steps_done == 0:
             self._start(x_BD, y_BD, n_rows, self._now(progress))
         now = self._now(progress)

@@ -27,6 +27,10 @@ class Axis:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def total(self, number: int, device: torch.device) -> int:
+        """The sum of a number over the ranks."""
+        return number if self.count == 1 else int(self.sum(torch.tensor(number, device=device)))
+
     def gather(self, tensor: Tensor) -> Tensor:
         """Every rank's tensor, of one shape, stacked along a new first axis."""
         if self.count == 1:
@@ -53,10 +57,6 @@ class Team(NamedTuple):
     def gather(self, tensor: Tensor) -> Tensor:
         """Every rank's tensor of the mesh. [ranks, …]"""
         return self.rows.gather(self.latents.gather(tensor)).flatten(0, 1)
-
-    def total(self, count: int, axis: Axis, device: torch.device) -> int:
-        """The sum of a number over an axis."""
-        return count if axis.count == 1 else int(axis.sum(torch.tensor(count, device=device)))
 
     def mine(self, tensor: Tensor) -> Tensor:
         """This shard's entries of a tensor over all latents. [F, …] to [F of the shard, …]"""

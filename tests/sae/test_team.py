@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae import step
 from sae.largest import kth_largest, largest_of_rows
 from sae.shards import join_shards
 from sae.start import finetune
@@ -34,11 +35,11 @@ def train(spec, team: Team, first: int = 0, last: int = 6, state: dict[str, Tens
     dictionary = TrainingDictionary(spec, SITE_WIDTHS, torch.device("cpu"), torch.float64, team)
     if state is not None:
         dictionary.load(state)
-    for step in range(first, last):
+    for number in range(first, last):
         x, y = (
-            rows.double().tensor_split(team.rows.count)[team.rows.index] for rows in make_rows(spec, step, n_rows=97)
+            rows.double().tensor_split(team.rows.count)[team.rows.index] for rows in make_rows(spec, number, n_rows=97)
         )
-        dictionary.step(x, y, progress=(step + 1) / 8)
+        dictionary.step(x, y, progress=(number + 1) / 8)
     return dictionary.state(), dictionary.sums.take()
 
 
@@ -112,6 +113,17 @@ def test_mesh__a_published_dictionary_is_taken_over_by_its_shards(activation: st
         return dictionary.state()
 
     assert_same(joined(on_mesh(3, 1, start)[0]), start(ALONE))
+
+
+@pytest.mark.parametrize("kind", ["transcoder", "clt"])
+def test_start__shards_draw_their_rows_of_the_whole_in_parts(kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(step, "DRAWN_ROWS", 7)  # neither a shard's width nor a multiple of their number
+
+    def start(team: Team) -> dict[str, Tensor]:
+        return TrainingDictionary(make_spec(kind), SITE_WIDTHS, torch.device("cpu"), team=team).state()
+
+    whole, shards = start(ALONE), joined(on_mesh(2, 1, start)[0])
+    assert all(torch.equal(shards[name], value) for name, value in whole.items())
 
 
 @pytest.mark.parametrize("guess", [-torch.inf, 0.5, 3.0])
