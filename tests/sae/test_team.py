@@ -35,7 +35,9 @@ def train(spec, team: Team, first: int = 0, last: int = 6, state: dict[str, Tens
     dictionary = TrainingDictionary(spec, SITE_WIDTHS, torch.device("cpu"), torch.float64, team)
     if state is not None:
         dictionary.load(state)
+    never_fired = torch.arange(spec.width) % 3 == 0  # held to be dead before each step, so that they are revived
     for number in range(first, last):
+        dictionary.idle.rows_F[team.mine(never_fired)] = 10_000
         x, y = (
             rows.double().tensor_split(team.rows.count)[team.rows.index] for rows in make_rows(spec, number, n_rows=97)
         )
