@@ -3,15 +3,14 @@
     identity.json                   what the rows depend on, and the sites that there are
     block-000000000.safetensors     a shard: one forward pass
 
-A shard has every eligible row with its norms, since which rows are dropped depends on the sites and limits of a sweep;
-a sweep that needs some of the sites drops the same ones that it would without a cache. Its header has the digest of
-the identity and the sha256 of each tensor, and it is written under another name and renamed. A shard that is torn,
-damaged or of another identity is therefore none, and its block is harvested again.
+It lies in a folder or in a bucket. A shard has every eligible row with its norms, since which rows are dropped depends
+on the sites and limits of a sweep; a sweep that needs some of the sites fetches those, and drops the same rows that it
+would without a cache. A shard appears whole, with the digest of the identity and the sha256 of each tensor in its
+header. One that is damaged or of another identity is therefore none, and its block is harvested again.
 """
 
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
@@ -21,21 +20,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from cluster import gemma
+from cluster import bucket, gemma, tensors
 from cluster.calibrate import kept
 from cluster.errors import UserError
-from cluster.recipe import Recipe, below_home
-from cluster.run_folder import replace_text
+from cluster.recipe import S3, Recipe, below_home
+from cluster.store import STAGED, Exists, FolderStore, Missing, S3Store, Store
 from cluster.tokens import roles_path
 from sae import artifact
 from sae.sites import Site
 
 FIELD = "harvest.cache"
+IDENTITY, SHARD = "identity.json", "block-"
 POSITIONS = "positions"
-STAGED = ".staged"
 STALE_SECONDS = 3600  # a staged file that is older belongs to nobody: a shard is written in seconds
 
 Facts = dict[str, str | int | list[str]]
@@ -61,55 +58,41 @@ class Shard(NamedTuple):
 class Cache(NamedTuple):
     """A cache that is the rows of this sweep's tokens, opened by `claim`."""
 
-    folder: Path
+    store: Store
     identity: str
     sites: list[Site]
     """All that a shard has; a sweep may need fewer."""
 
     def read(self, block: int, keys: Iterable[str]) -> Shard | None:
         """A block's rows at some sites; None if the shard is not there or not sound."""
+        keys = list(keys)
+        wanted = [POSITIONS, *keys, *map(_norm, keys)]
         try:
-            with safe_open(self._path(block), framework="numpy") as file:
-                told = file.metadata() or {}
-                if (told.get("identity"), told.get("block")) != (self.identity, str(block)):
-                    return None
-
-                def tensor(name: str) -> np.ndarray:
-                    found: np.ndarray = file.get_tensor(name)
-                    if told.get(name) != _digest(found):
-                        raise artifact.ArtifactError(f"block {block}: {name} is damaged")
-                    return found
-
-                norms = {key: tensor(_norm(key)) for key in keys}
-                return Shard(tensor(POSITIONS), norms, {key: tensor(key) for key in keys})
-        except (OSError, SafetensorError, artifact.ArtifactError, KeyError, ValueError, TypeError):
+            found = tensors.read(self.store, _name(block), wanted, self._told(block))
+        except (Missing, tensors.Damaged, OSError):
             return None  # whatever is wrong with it, the model gives the rows again
+        norms = {key: found[_norm(key)].copy() for key in keys}  # torch takes no array that cannot be written to
+        return Shard(found[POSITIONS], norms, {key: found[key] for key in keys})
 
     def write(self, block: int, shard: Shard) -> None:
         """Commits a block's rows at all of the cache's sites."""
-        tensors = {POSITIONS: shard.positions} | shard.bits | {_norm(key): norm for key, norm in shard.norms.items()}
-        told = {"identity": self.identity, "block": str(block)} | {name: _digest(t) for name, t in tensors.items()}
-        staged = self.folder / f"{uuid.uuid4().hex}{STAGED}"
-        save_file(tensors, staged, metadata=told)
-        os.chmod(staged, 0o644)  # safetensors writes 0600, unreadable for another user
-        os.replace(staged, self._path(block))
+        norms = {_norm(key): norm for key, norm in shard.norms.items()}
+        tensors.write(self.store, _name(block), {POSITIONS: shard.positions} | shard.bits | norms, self._told(block))
 
     def blocks(self) -> int:
         """Shards that are there, sound or not."""
-        return sum(1 for _ in self.folder.glob("block-*.safetensors"))
+        return len(self.store.names(SHARD))
 
-    def _path(self, block: int) -> Path:
-        return self.folder / f"block-{block:09d}.safetensors"
+    def _told(self, block: int) -> dict[str, str]:
+        return {"identity": self.identity, "block": str(block)}
+
+
+def _name(block: int) -> str:
+    return f"{SHARD}{block:09d}.safetensors"
 
 
 def _norm(key: str) -> str:
     return f"{key}.norm"
-
-
-def _digest(array: np.ndarray) -> str:
-    digest = hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def check(recipe: Recipe, widths: dict[str, int]) -> None:
@@ -117,18 +100,38 @@ def check(recipe: Recipe, widths: dict[str, int]) -> None:
     would not fit. `widths` are D by site key."""
     if recipe.harvest.cache is None:
         return
-    folder = below_home(recipe.harvest.cache)
-    _compare(folder, _cheap_facts(recipe), list(widths))
+    if recipe.harvest.cache.startswith(S3):
+        bucket.check(FIELD, recipe.harvest.cache)
+    store = _open(recipe.harvest.cache)
+    if _compare(store, _cheap_facts(recipe), list(widths)) is None:
+        strangers = [name for name in store.names() if not name.startswith((SHARD, bucket.PROBES))]
+        if strangers:
+            raise UserError(FIELD, f"{store.url} holds {strangers[0]} and no cache: name an empty or new one")
+    if isinstance(store, FolderStore):
+        _check_folder(recipe, store.root, widths)
+
+
+def _open(place: str) -> Store:
+    if place.startswith(S3):
+        return S3Store(place)
+    folder = below_home(place)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (probe := folder / f"{uuid.uuid4().hex}{STAGED}").touch()
+        return FolderStore(folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(FIELD, f"{folder} cannot be written ({error.strerror}): name a folder that can")
+
+
+def _check_folder(recipe: Recipe, folder: Path, widths: dict[str, int]) -> None:
+    try:
+        (probe := folder / f"{STAGED}{uuid.uuid4().hex}").touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(FIELD, f"{folder} cannot be written ({error.strerror}): name a folder that can") from error
-    strangers = [path.name for path in folder.iterdir() if path.suffix not in (".safetensors", ".json", STAGED)]
-    if strangers and not _identity(folder).exists():
-        raise UserError(FIELD, f"{folder} holds {strangers[0]} and no cache: name an empty or new folder")
-    have = sum(path.stat().st_size for path in folder.glob("block-*.safetensors"))
+        raise _unwritable(folder, error) from error
+    have = sum(path.stat().st_size for path in folder.glob(f"{SHARD}*"))
     needed = recipe.train_sequences * recipe.corpus.context * (8 + sum(2 * d + 4 for d in widths.values())) - have
     if needed > (free := shutil.disk_usage(folder).free):
         raise UserError(
@@ -142,22 +145,30 @@ def claim(recipe: Recipe, sites: list[Site], tokens_path: Path) -> Cache | None:
     """The recipe's cache, made if there is none; UserError if it is of something else."""
     if recipe.harvest.cache is None:
         return None
-    folder = below_home(recipe.harvest.cache)
+    store = _open(recipe.harvest.cache)
+    if store.scratch:
+        _remove_stale(store.scratch)
     facts = _cheap_facts(recipe) | {"model.name": _model_digest(recipe), "corpus": _tokens_digest(tokens_path)}
-    folder.mkdir(parents=True, exist_ok=True)
-    there = _compare(folder, facts, [site.key for site in sites])
-    if there is None:
-        there = [site.key for site in sites]
-        replace_text(_identity(folder), json.dumps({"rows": facts, "sites": there}, indent=2) + "\n")
-    for path in folder.glob(f"*{STAGED}"):
-        if path.stat().st_mtime < time.time() - STALE_SECONDS:
-            path.unlink(missing_ok=True)
+    keys = [site.key for site in sites]
+    there = _compare(store, facts, keys) or _make(store, facts, keys)
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return Cache(folder, identity, [_site(key) for key in there])
+    return Cache(store, identity, [_site(key) for key in there])
 
 
-def _identity(folder: Path) -> Path:
-    return folder / "identity.json"
+def _make(store: Store, facts: Facts, keys: list[str]) -> list[str]:
+    """The sites that it has: another sweep may make it at the same time."""
+    try:
+        store.put_new(IDENTITY, (json.dumps({"rows": facts, "sites": keys}, indent=2) + "\n").encode())
+    except Exists:
+        return _compare(store, facts, keys) or keys
+    return keys
+
+
+def _remove_stale(folder: Path) -> None:
+    """What writers that were killed had staged."""
+    for path in folder.glob(f"{STAGED}*"):
+        if path.stat().st_mtime < time.time() - STALE_SECONDS:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _cheap_facts(recipe: Recipe) -> Facts:
@@ -173,15 +184,15 @@ def _cheap_facts(recipe: Recipe) -> Facts:
     }
 
 
-def _compare(folder: Path, facts: Facts, keys: list[str]) -> list[str] | None:
+def _compare(store: Store, facts: Facts, keys: list[str]) -> list[str] | None:
     """The sites that the cache has, None if there is no cache; UserError if these facts or sites are not its own."""
     try:
-        told = json.loads(_identity(folder).read_text())
+        told = json.loads(store.read(IDENTITY))
         there, sites = dict(told["rows"]), list(told["sites"])
-    except FileNotFoundError:
+    except Missing:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(FIELD, f"{_identity(folder)} is damaged ({error}): name another folder") from error
+        raise UserError(FIELD, f"{store.url}/{IDENTITY} is damaged ({error}): name another folder or prefix") from error
     differs = [
         f"{name} is {there.get(name)!s:.12} there and {here!s:.12} here"
         for name, here in facts.items()
@@ -190,7 +201,10 @@ def _compare(folder: Path, facts: Facts, keys: list[str]) -> list[str] | None:
     if missing := [key for key in keys if key not in sites]:
         differs.append(f"it lacks the sites {', '.join(missing)}")
     if differs:
-        raise UserError(FIELD, f"{folder} has the rows of something else ({'; '.join(differs)}): name another folder")
+        differences = "; ".join(differs)
+        raise UserError(
+            FIELD, f"{store.url} has the rows of something else ({differences}): name another folder or prefix"
+        )
     return sites
 
 

@@ -16,8 +16,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cluster import gemma
 from cluster.errors import UserError
-from cluster.recipe import STATIC_TOKENS, Corpus, Model
+from cluster.recipe import Corpus, Model
 from cluster.tokens import ASSISTANT, PADDING, ROLES, USER, is_heldout
+from sae.sites import STATIC_TOKENS
 
 
 class Message(BaseModel):

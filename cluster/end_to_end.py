@@ -15,7 +15,7 @@ from cluster.calibrate import SiteScale, kept
 from cluster.console import say
 from cluster.recipe import EndToEnd, Recipe
 from cluster.tokens import Sequences, Span
-from sae import artifact
+from sae import artifact, hooks
 from sae.end_to_end import Finetuned, Output, loss
 from sae.fold import Scales
 from sae.sites import Site
@@ -95,7 +95,7 @@ class Loop:
         def keep(site: Site, tensor: Tensor) -> None:
             captured[site] = tensor
 
-        with torch.no_grad(), gemma.hooked(self.model, {site: partial(keep, site) for site in self.spec.sites}):
+        with torch.no_grad(), hooks.hooked(self.model, {site: partial(keep, site) for site in self.spec.sites}):
             clean_ND = self._hidden(span)
         norms = {site.key: tensor.float().norm(dim=-1) for site, tensor in captured.items()}
         positions = kept(span.eligible, norms, self.limits).flatten().nonzero()[:, 0]
@@ -105,15 +105,15 @@ class Loop:
 
         output = self.dictionary(rows(self.spec.reads), rows(self.spec.writes))
         parts = output.rebuilt_BD.split(self.dictionary.shape.write_widths, dim=1)
-        edits: dict[Site, gemma.Edit] = {
-            site: partial(gemma.splice, positions, part) for site, part in zip(self.spec.writes, parts, strict=True)
+        edits: dict[Site, hooks.Edit] = {
+            site: partial(hooks.splice, positions, part) for site, part in zip(self.spec.writes, parts, strict=True)
         }
-        with gemma.hooked(self.model, edits):
+        with hooks.hooked(self.model, edits):
             return output, self._divergence(clean_ND, self._hidden(span))
 
     def _hidden(self, span: Span) -> Tensor:
         """The last hidden state of every token that is no padding [N, D]."""
-        hidden_BTD: Tensor = gemma.trunk(self.model)(span.ids).last_hidden_state
+        hidden_BTD: Tensor = hooks.trunk(self.model)(span.ids).last_hidden_state
         return hidden_BTD[span.real]
 
     def _divergence(self, clean_ND: Tensor, spliced_ND: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from cluster.harvest import BLOCK, blocks, harvest_block
 from cluster.memory import PORTION_BYTES
 from cluster.recipe import Recipe
 from cluster.tokens import Sequences, Span
-from sae import artifact
+from sae import artifact, hooks
 from sae.dictionary import Dictionary
 from sae.metrics import HeldoutSums
 from sae.sites import Site
@@ -111,11 +111,11 @@ class Evaluator:
         if not len(scored.ids):
             return 0.0
         here = positions < scored.ids.numel()
-        edits: dict[Site, gemma.Edit] = {
-            site: functools.partial(gemma.splice, positions[here], None if rows_BD is None else rows_BD[here])
+        edits: dict[Site, hooks.Edit] = {
+            site: functools.partial(hooks.splice, positions[here], None if rows_BD is None else rows_BD[here])
             for site, rows_BD in replaced.items()
         }
-        with gemma.hooked(self.model, edits):
+        with hooks.hooked(self.model, edits):
             return gemma.loss(self.model, scored.ids, scored.real)
 
 

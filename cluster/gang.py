@@ -26,6 +26,7 @@ from torch import Tensor
 from cluster import gang_rank, gemma
 from cluster.errors import UserError
 from cluster.recipe import Harvest, Recipe
+from sae import hooks
 from sae.sites import Site
 
 ATTEMPTS = 5  # of a block: what fails a gang this often is no accident
@@ -75,7 +76,7 @@ class Whole:
 
     def capture(self, tokens: Tensor) -> dict[Site, Tensor]:
         """The tensors at the sites for token ids [sequences, T], each [sequences, T, D]."""
-        return gemma.capture(self.model, tokens, self.sites)
+        return hooks.capture(self.model, tokens, self.sites)
 
     def close(self) -> None:
         """There is nothing to end."""

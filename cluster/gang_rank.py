@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cluster import gemma
 from cluster.recipe import Harvest, Model
+from sae import hooks
 from sae.sites import Site
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -86,7 +87,7 @@ def _serve(connection: Connection, rendezvous: str) -> None:
     send(connection, Answer(_resident(model), {}, ""))
     while True:
         tokens = torch.from_numpy(connection.recv()).to(device)
-        captured = gemma.capture(model, tokens, sites, whole=harvest.zero3 > 0)
+        captured = hooks.capture(model, tokens, sites, whole=harvest.zero3 > 0)
         # Under tensor parallelism attn_out is cut by heads; all else, as everything under ZeRO-3, is whole everywhere.
         mine = {site: t for site, t in captured.items() if rank == 0 or (not harvest.zero3 and site.name == "attn_out")}
         send(connection, Answer(_resident(model), mine, ""))

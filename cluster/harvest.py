@@ -17,11 +17,12 @@ import torch
 from ray.data import ActorPoolStrategy
 from torch import Tensor
 
-from cluster import gang, gemma
+from cluster import gang
 from cluster.cache import Cache, Shard
 from cluster.calibrate import SiteScale, kept
 from cluster.recipe import Recipe
 from cluster.tokens import Sequences, Span
+from sae import hooks
 from sae.sites import Site
 
 Rows = dict[str, np.ndarray]
@@ -32,7 +33,7 @@ def harvest_block(
     model: torch.nn.Module, span: Span, sites: list[Site], limits: dict[str, float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`kept_rows` of a model in this process."""
-    return kept_rows(gemma.capture(model, span.ids, sites), span, limits)
+    return kept_rows(hooks.capture(model, span.ids, sites), span, limits)
 
 
 def kept_rows(captured: dict[Site, Tensor], span: Span, limits: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -95,9 +95,9 @@ def _step_bytes(spec: DictionarySpec, layout: Layout, rows: int) -> int:
 def _window_bytes(recipe: Recipe, pulled_row: int, own_row: int) -> int:
     """A rank's share of a window's rows with all sites, and again as they are sent, `pulled_row` bytes a row; and three
     copies of all rows of its own sites, `own_row` bytes each: received, taken apart by site, and sorted."""
-    blocks = math.ceil(recipe.stream.window_sequences / recipe.harvest.sequences)
+    blocks = math.ceil(recipe.window_sequences / recipe.harvest.sequences)
     pulled = (math.ceil(blocks / recipe.fit.workers) + 1) * recipe.harvest.sequences  # a block is prefetched
-    return recipe.corpus.context * (pulled * pulled_row + 3 * recipe.stream.window_sequences * own_row)
+    return recipe.corpus.context * (pulled * pulled_row + 3 * recipe.window_sequences * own_row)
 
 
 def wire(recipe: Recipe, layout: Layout) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -11,6 +12,7 @@ from cluster.layout import Layout, Place, sites_of, span
 from cluster.memory import GIB, MIB, Memory, wire, workers_bytes
 from cluster.recipe import Recipe
 from sae.shape import Shape
+from sae.spec import DictionarySpec
 
 LISTED = 32  # dictionaries; the table of a larger sweep has a line a rank
 
@@ -54,18 +56,8 @@ def _meshes(recipe: Recipe, whole: Layout) -> list[tuple[int, int]]:
         and fit.shards in (None, shards)
         and fit.replicas in (None, replicas)
     ]
-    resampled = next((spec.id for spec in specs if spec.options.resampling is not None), None)
-    if resampled:
-        found = [(replicas, shards) for replicas, shards in found if replicas == shards == 1]
     if found:
         return found
-    if resampled:
-        raise UserError(
-            "fit.workers",
-            f"{fit.workers} workers for {len(specs)} dictionaries cut some over several, but resampling, which "
-            f"{resampled} has, needs a dictionary whole: at most {len(specs)} workers without fit.shards and "
-            "fit.replicas, or auxk in place of resampling",
-        )
     raise UserError(
         "fit.workers",
         f"{fit.workers} workers cannot be cut into teams of {fit.replicas or 'any'} replicas x {fit.shards or 'any'} "
@@ -105,11 +97,29 @@ def _nothing_fits(recipe: Recipe, whole: Layout, candidates: list[Layout]) -> Us
             if any(_fits(more, _cut(whole, workers, *mesh)) for mesh in _meshes(more, whole)):
                 remedy += f" or fit.workers to {workers}"
                 break
+    meshes = [(layout.replicas, layout.shards) for layout in candidates]
+    widths = narrower(
+        whole, lambda layout: any(_fits(recipe, _cut(layout, recipe.fit.workers, *mesh)) for mesh in meshes)
+    )
     return UserError(
         "fit.memory_gib",
         f"{recipe.fit.memory_gib:g} GiB, but the leanest layout of {recipe.fit.workers} workers needs {least:.2f} "
-        f"each: {remedy}, or train fewer or narrower dictionaries",
+        f"each: {remedy}, train fewer dictionaries, or {widths}",
     )
+
+
+def narrower(layout: Layout, fits: Callable[[Layout], bool]) -> str:
+    """What to do about widths that do not fit: all are halved until they do."""
+    widest = max(spec.width for spec in layout.specs)
+
+    def cut(spec: DictionarySpec, factor: int) -> DictionarySpec:
+        return spec.model_copy(update={"width": max(1, spec.width // factor)})
+
+    for factor in (2**n for n in range(1, widest.bit_length())):
+        teams = [[cut(spec, factor) for spec in team] for team in layout.teams]
+        if fits(layout._replace(teams=teams)):
+            return f"divide widths by {factor} (the widest is then {widest // factor:,})"
+    return "take a smaller model, window or batch: no width would fit"
 
 
 def table(recipe: Recipe, layout: Layout, planned: Memory) -> str:

@@ -1,5 +1,6 @@
 """The recipe: one YAML file, one frozen model, and the grid of dictionaries that it expands to."""
 
+import math
 import os
 import re
 import types
@@ -7,23 +8,30 @@ import typing
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import yaml
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from cluster import s3, suite
 from cluster.errors import UserError
 from cluster.grid import Cell, Context, FromPreset, Grid, Name, expand, nearest
 from cluster.packages import PREFIX, PUBLISHED_NAMES
+from sae.sites import STATIC_TOKENS
 from sae.spec import DictionarySpec, Strict, Training
 
 LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?"  # Kubernetes' syntax of a label's value, and of the name in its key
 LabelKey = Annotated[str, Field(pattern=rf"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?{LABEL}$")]
 LabelSelector = dict[LabelKey, Annotated[str, Field(pattern=rf"^{LABEL}$")]]
 """Labels that a Ray node must have, such as {ray-subcluster: harvest}; without any, every node will do."""
-STATIC_TOKENS = 4
-"""Of a chat: `<bos><start_of_turn>user\\n`, the same in every sequence and not trained on (*published*: Gemma Scope 2's
-dictionaries of the instruction-tuned models)."""
-STORAGE = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w=-][\w.=-]*)+"
+S3 = "s3://"
+PREFIX_OF_BUCKET = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w=-][\w.=-]*)+"
+WINDOW_ROWS = 2**17  # of a window by default, at most: 0.7 GB a site of Gemma 3 4B
+
+
+def fast_dtype() -> Literal["bfloat16", "float32"]:
+    """bfloat16 if this machine's CPU is fast at it: others take a hundred times as long for a product as in float32
+    (*measured here*, AVX2)."""
+    return "bfloat16" if torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE")) else "float32"
 
 
 class Model(Strict):
@@ -33,7 +41,8 @@ class Model(Strict):
     """A Hugging Face name, a local folder, or `package:` and a name of cluster/packages.py."""
     published_name: str | None = None
     """`model_name` in the published config.json; by default `name`, or what the package says."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = Field(default_factory=fast_dtype)
+    """By default bfloat16 where harvest.gpus is set, else what this machine's CPU is fast at."""
 
     @property
     def public_name(self) -> str:
@@ -100,8 +109,9 @@ class Harvest(Strict):
     outlier_norm: float = Field(10, gt=1)
     """Rows whose norm exceeds this multiple of the calibration median, at any site, are dropped."""
     cache: str | None = None
-    """A folder that all nodes see: rows are kept there, and read by later epochs and sweeps of the same model, text and
-    `sequences` at these or fewer sites, in place of running the model. About 2·D bytes a row and site."""
+    """A folder that all nodes see, or s3://bucket/prefix: rows are kept there, and read by later epochs and sweeps of
+    the same model, text and `sequences` at these or fewer sites, in place of running the model. About 2·D bytes a row
+    and site."""
 
     @property
     def ranks(self) -> int:
@@ -121,10 +131,10 @@ class Harvest(Strict):
 class Stream(Strict):
     """How rows become batches."""
 
-    window_sequences: PositiveInt = 64
-    """Rows are shuffled within windows of this many sequences. Two rows of a batch are of one sequence with a chance of
-    1/window_sequences (*measured here* in the demo: 1.7 %; 0.34 % at 296; 0.17 % in a shuffle of all its 585), and a
-    worker's planned memory for rows grows with it (0.2, 0.9 and 1.7 GiB)."""
+    window_sequences: PositiveInt | None = None
+    """Rows are shuffled within windows of this many sequences. A batch has as many times more pairs of rows of one
+    sequence than in a shuffle of the whole text as the text has windows (*measured here*), and a worker's memory for
+    rows grows with a window. By default half of the text, which is twice a full shuffle's, but at most WINDOW_ROWS."""
     epochs: PositiveInt = 1
     """Passes over the text; each shuffles the windows' rows anew, and a row comes once in each."""
     batch_rows: PositiveInt = 1024
@@ -203,6 +213,14 @@ class Recipe(Strict):
     evaluation: Evaluation = Evaluation()
     publication: Publication = Publication()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _gpus_are_fast_at_bfloat16(cls, content: typing.Any) -> typing.Any:
+        match content:
+            case {"model": dict() as model, "harvest": {"gpus": int(gpus)}} if gpus > 0:
+                return content | {"model": {"dtype": "bfloat16"} | model}
+        return content
+
     def cells(self) -> list[Cell]:
         """The dictionaries of the sweep, by the depth of their first sites; UserError if two have one folder."""
         shared = self.model_dump(include={"seed", "model", "corpus", "stream"})
@@ -229,6 +247,13 @@ class Recipe(Strict):
     @property
     def train_sequences(self) -> int:
         return self.corpus.train_tokens // self.corpus.context
+
+    @property
+    def window_sequences(self) -> int:
+        if self.stream.window_sequences is not None:
+            return self.stream.window_sequences
+        most = min(math.ceil(self.train_sequences / 2), WINDOW_ROWS // self.corpus.context)
+        return max(1, math.ceil(most / self.harvest.sequences)) * self.harvest.sequences
 
     @property
     def heldout_sequences(self) -> int:
@@ -272,7 +297,7 @@ def load(path: str) -> Recipe:
 
 
 def _text(path: str) -> str:
-    if not path.startswith("s3://"):
+    if not path.startswith(S3):
         return Path(path).read_text()
     return s3.read_text(path, "recipe")
 
@@ -282,10 +307,7 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise _explain(error) from error
-    if recipe.storage is not None and not re.fullmatch(STORAGE, recipe.storage):  # untold: it may hold a secret
-        raise UserError(
-            "storage", "is not s3://bucket/prefix: credentials and endpoint belong into the AWS_* variables"
-        )
+    _check_buckets(recipe)
     if recipe.train_sequences == 0 or recipe.heldout_sequences == 0:
         raise UserError(
             "corpus.context",
@@ -293,14 +315,12 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
         )
     if recipe.harvest.tensor_parallel > 1 and recipe.harvest.zero3:
         raise UserError("harvest.zero3", "a model is shared in one way: leave out tensor_parallel or zero3")
-    if recipe.stream.window_sequences % recipe.harvest.sequences:
+    if recipe.window_sequences % recipe.harvest.sequences:
         raise UserError(
             "stream.window_sequences",
-            f"{recipe.stream.window_sequences} is no multiple of harvest.sequences "
+            f"{recipe.window_sequences} is no multiple of harvest.sequences "
             f"({recipe.harvest.sequences}): a window holds whole forward passes",
         )
-    if (recipe.harvest.cache or "").startswith("s3://"):
-        raise UserError("harvest.cache", f"{recipe.harvest.cache} is no folder: name one that all nodes see")
     _check_chat(recipe.corpus)
     if (tuned := recipe.end_to_end) and not recipe.corpus.context <= tuned.tokens <= recipe.corpus.train_tokens:
         raise UserError(
@@ -316,6 +336,19 @@ def parse(content: dict[str, typing.Any]) -> Recipe:
                 "publication.saelens", f"SAELens has no TopK transcoder such as {spec.id}: drop one of them"
             )
     return recipe
+
+
+def _check_buckets(recipe: Recipe) -> None:
+    cache = recipe.harvest.cache or ""
+    places = {"storage": recipe.storage or "", "harvest.cache": cache if cache.startswith(S3) else ""}
+    for field, place in places.items():
+        if place and not re.fullmatch(PREFIX_OF_BUCKET, place):  # untold: it may hold a secret
+            raise UserError(
+                field, "is not s3://bucket/prefix: credentials and endpoint belong into the AWS_* variables"
+            )
+    storage, cache = (f"{place}/" for place in places.values())
+    if all(places.values()) and (storage.startswith(cache) or cache.startswith(storage)):
+        raise UserError("harvest.cache", "lies in storage, or storage in it: name a prefix beside it")
 
 
 def _check_chat(corpus: Corpus) -> None:

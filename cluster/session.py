@@ -11,7 +11,9 @@ from typing import Any, TextIO
 
 from cluster.console import say
 from cluster.errors import UserError
-from cluster.memory import GIB, Memory
+from cluster.layout import Layout
+from cluster.memory import GIB, memory
+from cluster.planner import narrower
 from cluster.recipe import Recipe
 
 OBJECT_STORE_BYTES = GIB  # of a local session: a window's rows and what is prefetched are far below it
@@ -36,8 +38,9 @@ def set_environment() -> None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
-def check_machine(recipe: Recipe, planned: Memory) -> None:
-    """UserError if the sweep cannot run on this machine alone; a cluster has its own scheduler and limits."""
+def check_machine(recipe: Recipe, layout: Layout, config: Any) -> None:
+    """UserError if the sweep cannot run on this machine alone; a cluster has its own scheduler and limits. `config` is
+    the text model's."""
     import psutil
 
     if cluster_address():
@@ -47,12 +50,17 @@ def check_machine(recipe: Recipe, planned: Memory) -> None:
             raise UserError(
                 f"{stage}.label_selector", f"this machine has no labels {labels}: drop them, or submit it to a cluster"
             )
-    needed, available = planned.total(recipe) + OBJECT_STORE_BYTES, psutil.virtual_memory().available
-    if needed > available:
+
+    def needed(layout: Layout) -> int:
+        return memory(recipe, layout, config).total(recipe) + OBJECT_STORE_BYTES
+
+    available = psutil.virtual_memory().available
+    if needed(layout) > available:
         raise UserError(
             "sweep",
-            f"needs {needed / GIB:.1f} GiB and this machine has {available / GIB:.1f} GiB free: "
-            "lower widths, list fewer dictionaries, or submit it to a cluster",
+            f"needs {needed(layout) / GIB:.1f} GiB and this machine has {available / GIB:.1f} GiB free: "
+            f"{narrower(layout, lambda layout: needed(layout) <= available)}, list fewer dictionaries, or submit it to "
+            "a cluster",
         )
 
 

@@ -11,64 +11,26 @@ Tokens and calibration are kept and not made anew: the text may have changed sin
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlparse
 
-from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
-
-from cluster import owner, publish
+from cluster import bucket, owner, publish
 from cluster.errors import UserError
 from cluster.recipe import Recipe
 from cluster.run_folder import RunFolder, refuse_another
-from cluster.store import IMPATIENT, Exists, Missing, S3Store, delete_folder, put_folder
+from cluster.store import Missing, S3Store, delete_folder, put_folder
 from sae.artifact import MANIFEST, ArtifactError
 
 logger = logging.getLogger(__name__)
 
-CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to those of the server of AWS_ENDPOINT_URL"
 FOLDERS = ("report", "published", "checkpoints", "mlflow", "calibration", "tokens", "recipe")
 
 
 def check(recipe: Recipe) -> None:
-    """UserError, in seconds, unless the bucket is there, can be written, and lets a name be taken only once."""
-    if recipe.storage is None:
-        return
-    store = S3Store(recipe.storage, IMPATIENT)
-    try:
-        store.client.head_bucket(Bucket=store.bucket)
-        _probe(store)
-    except (ConnectionError, HTTPClientError) as error:
-        endpoint = urlparse(store.client.meta.endpoint_url)
-        where = f"{endpoint.hostname}:{endpoint.port}" if endpoint.port else endpoint.hostname
-        raise UserError(
-            "storage", f"{where} is not reachable ({type(error).__name__}): start it, or mend AWS_ENDPOINT_URL"
-        ) from None
-    except ClientError as error:
-        code = error.response["Error"]["Code"]
-        if code in ("404", "NoSuchBucket"):
-            raise UserError("storage", f"there is no bucket {store.bucket}: create it, or name another") from None
-        raise UserError("storage", f"{store.url} cannot be written ({code}): {CREDENTIALS}") from None
-    except (BotoCoreError, ValueError) as error:  # no or half credentials, no sound endpoint
-        raise UserError("storage", f"{store.url} cannot be used ({type(error).__name__}): {CREDENTIALS}") from None
-
-
-def _probe(store: S3Store) -> None:
-    name = f"probe/{uuid.uuid4().hex}"
-    store.put_new(name, b"first")
-    try:
-        store.put_new(name, b"second")
-    except Exists:
-        return
-    finally:
-        store.delete([name])
-    raise UserError(
-        "storage",
-        f"the server of {store.url} ignores conditional puts (If-None-Match), so that two sweeps could own one "
-        "prefix: use one that has them, such as AWS S3, SeaweedFS or MinIO",
-    )
+    """UserError, in seconds, unless the bucket can be used."""
+    if recipe.storage is not None:
+        bucket.check("storage", recipe.storage)
 
 
 class Storage:
@@ -105,7 +67,7 @@ class Storage:
             raise UserError("storage", f"{error}: name another prefix, or start anew with --fresh") from error
         except Missing:
             pass
-        strangers = [name for name in store.names() if not name.startswith(("owner/", "probe/", "recipe/"))]
+        strangers = [name for name in store.names() if not name.startswith(("owner/", bucket.PROBES, "recipe/"))]
         if strangers:
             raise UserError("storage", f"{store.url} holds {strangers[0]} and no sweep: name an empty or new prefix")
         put_folder(store, "recipe", [self.run.recipe])

@@ -20,6 +20,7 @@ import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 
 from sae import artifact
 from sae.artifact import MANIFEST, ArtifactError
@@ -58,6 +59,9 @@ class Store(Protocol):
 
     def read(self, name: str) -> bytes:
         """Of a small file; Missing if there is none."""
+
+    def read_range(self, name: str, first: int, end: int) -> bytes:
+        """Bytes [first, end) of a file, or as many as there are; Missing if there is none."""
 
     def names(self, prefix: str = "") -> list[str]:
         """All that begin so, sorted."""
@@ -99,6 +103,14 @@ class FolderStore:
     def read(self, name: str) -> bytes:
         try:
             return (self.root / name).read_bytes()
+        except FileNotFoundError:
+            raise Missing(f"{self.url}/{name}") from None
+
+    def read_range(self, name: str, first: int, end: int) -> bytes:
+        try:
+            with (self.root / name).open("rb") as file:
+                file.seek(first)
+                return file.read(max(0, min(end, os.fstat(file.fileno()).st_size) - first))
         except FileNotFoundError:
             raise Missing(f"{self.url}/{name}") from None
 
@@ -180,6 +192,25 @@ class S3Store:
         content = io.BytesIO()
         self._download(name, content)
         return content.getvalue()
+
+    def read_range(self, name: str, first: int, end: int, attempts: int = 5) -> bytes:
+        """Botocore tries a request again, but not the stream of its answer where that breaks off."""
+        if end <= first:
+            return b""
+        place = {"Bucket": self.bucket, "Key": self.prefix + name, "Range": f"bytes={first}-{end - 1}"}
+        try:
+            content: bytes = self.client.get_object(**place)["Body"].read()
+            return content
+        except ClientError as error:
+            if _status(error) == 416:  # nothing lies there
+                return b""
+            if _status(error) != 404:
+                raise
+            raise Missing(f"{self.url}/{name}") from None
+        except S3_RETRYABLE_DOWNLOAD_ERRORS:
+            if attempts == 1:
+                raise
+            return self.read_range(name, first, end, attempts - 1)
 
     def get_file(self, name: str, path: Path) -> None:
         with path.open("wb") as file:

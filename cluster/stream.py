@@ -38,7 +38,7 @@ class Order:
             sequences=recipe.train_sequences,
             context=recipe.corpus.context,
             block_sequences=recipe.harvest.sequences,
-            window_sequences=recipe.stream.window_sequences,
+            window_sequences=recipe.window_sequences,
             batch_rows=recipe.stream.batch_rows,
             seed=recipe.seed,
             epochs=recipe.stream.epochs,

@@ -32,7 +32,7 @@ from cluster.checkpoint import Checkpoints
 from cluster.console import say, this_command
 from cluster.errors import UserError
 from cluster.layout import Layout
-from cluster.memory import Memory, memory
+from cluster.memory import memory
 from cluster.packages import GEMMA_NOTICE, is_package
 from cluster.planner import lay_out, table
 from cluster.progress import LiveLine
@@ -68,7 +68,8 @@ def run(recipe: Recipe, *, fresh: bool) -> int:
         say(f"details  {folder.log}")
         stop = Stop(folder.stop)
         try:
-            with stop.listening(), session.session(recipe, folder.log):
+            # Twice: Ray, when it starts, puts its own handler of SIGTERM in the place of ours.
+            with stop.listening(), session.session(recipe, folder.log), stop.listening():
                 Sweep(recipe, layout, folder, kept, stop).run()
         except Interrupted:
             say(f"stopped; what is done is kept in {recipe.storage or folder.root}. Resume with: {this_command()}")
@@ -84,10 +85,10 @@ def run(recipe: Recipe, *, fresh: bool) -> int:
 
 def plan(recipe: Recipe) -> int:
     """Prints who would hold what and the memory that it takes, and starts and fetches nothing. Returns 0."""
-    layout, planned = _lay_out(recipe)
-    _show(recipe, layout, planned)
+    layout, config = _lay_out(recipe)
+    _show(recipe, layout, config)
     try:
-        session.check_machine(recipe, planned)
+        session.check_machine(recipe, layout, config)
     except UserError as error:
         say(f"note     here it would not start: {error}")
     return 0
@@ -95,33 +96,34 @@ def plan(recipe: Recipe) -> int:
 
 def _plan(recipe: Recipe) -> Layout:
     """Checks everything that can be known before anything is started, and prints the plan."""
-    layout, planned = _lay_out(recipe)
-    session.check_machine(recipe, planned)
+    layout, config = _lay_out(recipe)
+    session.check_machine(recipe, layout, config)
     gang.check(recipe.harvest)
     corpus.check(recipe)
     cache.check(recipe, layout.widths)
     start.check(recipe, layout)
-    _show(recipe, layout, planned)
+    _show(recipe, layout, config)
     location = gemma.locate(recipe.model)
     if is_package(recipe.model.name):
         say("licence  " + GEMMA_NOTICE.format(folder=location))
     return layout
 
 
-def _lay_out(recipe: Recipe) -> tuple[Layout, Memory]:
+def _lay_out(recipe: Recipe) -> tuple[Layout, Any]:
+    """The layout, and the text model's config."""
     config = gemma.text_config(recipe.model)
-    layout = lay_out(recipe, config)
-    return layout, memory(recipe, layout, config)
+    return lay_out(recipe, config), config
 
 
-def _show(recipe: Recipe, layout: Layout, planned: Memory) -> None:
+def _show(recipe: Recipe, layout: Layout, config: Any) -> None:
     order = Order.of(recipe)
     say(f"plan     {recipe.name}: {len(recipe.specs())} dictionaries from one pass of {recipe.model.name}")
-    say(table(recipe, layout, planned))
+    say(table(recipe, layout, memory(recipe, layout, config)))
     say(
         f"text     {order.sequences * order.context:,} tokens to train on"
-        f"{f', {order.epochs} times,' if order.epochs > 1 else ''} in {order.windows} windows, about "
-        f"{order.steps} steps; {recipe.heldout_sequences * recipe.corpus.context:,} held out"
+        f"{f', {order.epochs} times,' if order.epochs > 1 else ''} in {order.windows} windows of "
+        f"{order.window_sequences} sequences, about {order.steps} steps; "
+        f"{recipe.heldout_sequences * recipe.corpus.context:,} held out"
     )
 
 
@@ -166,7 +168,7 @@ class Sweep:
             corpus.build(self.recipe, self.folder.tokens)
             self.cache = cache.claim(self.recipe, self.layout.sites, self.folder.tokens / "train.npy")
         if self.cache:
-            say(f"cache    {self.cache.blocks():,} blocks of rows are in {self.cache.folder}")
+            say(f"cache    {self.cache.blocks():,} blocks of rows are in {self.cache.store.url}")
         with self._stage("calibrate"), self.kept.files("calibration", self.folder.calibration):
             tokens_path = self.folder.tokens / "train.npy"
             scales = calibrate(self.recipe, self.layout.sites, tokens_path, self.folder.calibration)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cluster import gemma
-from cluster.recipe import STATIC_TOKENS, Recipe
+from cluster.recipe import Recipe
+from sae.sites import STATIC_TOKENS
 
 SIDES = ("train", "heldout")
 HELDOUT_TENTH = 2**64 // 10

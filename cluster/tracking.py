@@ -1,7 +1,6 @@
 """MLflow: a parent run a sweep, a child run a dictionary. Only the driver and the Train controller log."""
 
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -14,7 +13,9 @@ from typing import Any
 
 from ray.train import Checkpoint, UserCallback
 
+from cluster import curves
 from cluster.checkpoint import Checkpoints, Collector
+from cluster.curves import Curves
 from cluster.errors import UserError
 from cluster.evaluate import Evaluated
 from cluster.layout import Layout
@@ -22,8 +23,6 @@ from cluster.recipe import Recipe
 from cluster.report import draw_frequencies
 from cluster.run_folder import RunFolder, replace_text
 from sae.spec import DictionarySpec
-
-logger = logging.getLogger(__name__)
 
 PORT = 5000  # of the MLflow server that a person starts
 REMEDY = "start that server, or unset MLFLOW_TRACKING_URI to use a file in the run folder"
@@ -125,7 +124,7 @@ class Runs:
         self, summary: list[dict[str, Any]], results: dict[str, Evaluated], places: dict[str, Path], folder: RunFolder
     ) -> None:
         """Logs the held-out figures and pictures, what still waits of the curves, and ends the runs."""
-        log_curves(self.client, [], folder.spool)
+        curves.keep(curves.log(self.client, curves.waiting(folder.spool)), folder.spool)
         with tempfile.TemporaryDirectory() as scratch:
             for row in summary:
                 run, evaluated = self.children[row["id"]], results[row["id"]]
@@ -154,16 +153,18 @@ def _flat(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 class FitReporter(UserCallback):
-    """Runs in the Train controller: commits checkpoints, tells the driver how it goes, logs curves to MLflow.
+    """Runs in the Train controller: commits checkpoints, tells the driver how it goes, hands curves on to MLflow.
 
-    An outage of MLflow does not stop the fit: what could not be logged waits in `spool`, a file of JSON lines.
+    The ranks wait while it runs, so that nothing in it may wait for a server.
     """
 
     def __init__(self, runs: Runs, checkpoints: Checkpoints, progress: Path, spool: Path):
         self.uri, self.children, self.progress, self.spool = runs.uri, runs.children, progress, spool
         self.checkpoints = checkpoints
-        self.collector: Collector | None = None  # like the client made where it is used: neither pickles
-        self.client: Any = None
+        self.collector: Collector | None = None  # like the curves made where it is used: neither pickles
+        self.curves: Curves | None = None
+        self.seconds_tracking = 0.0
+        """In which the ranks waited for curves to be handed on."""
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         figures = {id: values for rank in metrics for id, values in rank["dictionaries"].items()}
@@ -173,41 +174,17 @@ class FitReporter(UserCallback):
         self.collector.add(written, [name for rank in metrics for name in rank["parts"]])
         if metrics[0]["last"]:
             self.collector.finish()
+        self._hand_on(metrics[0]["position"]["step"], figures)
         blocked = max(rank["blocked_by_checkpoints"] for rank in metrics)
         told = metrics[0] | {"dictionaries": figures, "blocked_by_checkpoints": blocked}
-        replace_text(self.progress, json.dumps(told) + "\n")
-        step, now = metrics[0]["position"]["step"], int(time.time() * 1000)
-        curves = [
-            {"run": self.children[id], "step": step, "at": now, "figures": {f"train/{k}": v for k, v in values.items()}}
-            for id, values in figures.items()
-        ]
-        if self.client is None:
-            self.client = _patient_client(self.uri)
-        log_curves(self.client, curves, self.spool)
+        replace_text(self.progress, json.dumps(told | {"seconds_tracking": self.seconds_tracking}) + "\n")
+        if metrics[0]["last"] and self.curves:
+            self.curves.close()
 
-
-def _patient_client(uri: str) -> Any:
-    """A client that gives up within seconds: the controller has more to do than wait for a tracker."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
-def log_curves(client: Any, curves: list[dict[str, Any]], spool: Path) -> None:
-    """Logs what waits in the spool and then `curves`; what cannot be logged is what the spool then holds."""
-    from mlflow.entities import Metric
-
-    waiting = [json.loads(line) for line in spool.read_text().splitlines()] if spool.exists() else []
-    waiting += curves
-    try:
-        while waiting:
-            record = waiting[0]
-            points = [Metric(key, value, record["at"], record["step"]) for key, value in record["figures"].items()]
-            client.log_batch(record["run"], points)
-            waiting.pop(0)
-    except Exception as error:  # whatever the tracker's fault is, the fit goes on
-        logger.warning("MLflow did not take the curves, they wait in %s: %s", spool, error)
-        return replace_text(spool, "".join(json.dumps(record) + "\n" for record in waiting))
-    spool.unlink(missing_ok=True)
+    def _hand_on(self, step: int, figures: dict[str, dict[str, float]]) -> None:
+        started, at = time.monotonic(), int(time.time() * 1000)
+        if self.curves is None:
+            self.curves = Curves(self.uri, self.spool)
+        by_run = {self.children[id]: {f"train/{k}": v for k, v in values.items()} for id, values in figures.items()}
+        self.curves.add([{"run": run, "step": step, "at": at, "figures": those} for run, those in by_run.items()])
+        self.seconds_tracking += time.monotonic() - started

@@ -25,7 +25,7 @@ from torch import Tensor
 from sae import strict
 from sae.dictionary import Dictionary
 from sae.shape import Shape
-from sae.sites import HOOK_POINTS, Site
+from sae.sites import HOOK_POINTS, Site, named
 from sae.spec import DictionarySpec, Kind
 from sae.strict import ArtifactError
 
@@ -147,15 +147,54 @@ def read(folder: Path) -> tuple[Dictionary, dict[str, Any]]:
 
 def read_gemma_scope_2(folder: Path) -> tuple[Dictionary, dict[str, Any]]:
     """The dictionary and config of a folder in Gemma Scope 2's layout, Google's own too; nothing in it is trusted."""
+    content, settings = _settings(folder)
+    return (_read_single if _is_single(folder, settings) else _read_layers)(folder, settings), content
+
+
+class Facts(NamedTuple):
+    """What an artifact is, without its weights."""
+
+    config: dict[str, Any]
+    shape: Shape
+    reads: list[Site]
+    """By layer, as wide as `shape.read_widths`."""
+    writes: list[Site]
+    bytes: int
+    """Of its weights."""
+
+
+def facts(folder: Path) -> Facts:
+    """Of a verified artifact, from its config and headers alone; ArtifactError as `read` has it."""
+    verify(folder)
+    content, settings = _settings(folder)
+    n_sites, single = _n_sites(folder, settings), _is_single(folder, settings)
+    paths = [folder / PARAMS] if single else [folder / _params_layer(n) for n in range(n_sites)]
+    widths = _widths(paths[0], settings.width // len(paths))
+    for path in paths:
+        strict.check(path, _shapes(widths, settings, () if single else (n_sites,)))
+    share = n_sites if single else 1
+    read_widths, write_widths = ([width // share] * n_sites for width in (widths.d_in, widths.d_out))
+    shape = Shape.layered(settings.width, read_widths, write_widths, len(paths))
+    try:
+        reads, writes = (named(str(content.get(f"hf_hook_point_{way}")), n_sites) for way in ("in", "out"))
+    except ValueError as error:
+        raise ArtifactError(f"{folder / CONFIG}: {error}") from error
+    return Facts(content, shape, reads, writes, sum(strict.size(path) for path in paths))
+
+
+def _settings(folder: Path) -> tuple[dict[str, Any], Settings]:
     if not (folder / CONFIG).exists():
         raise ArtifactError(f"{folder}: no {CONFIG}, as in some of Google's folders: write one (sae.artifact.config)")
     content = strict.read_json(folder / CONFIG)
     try:
-        settings = Settings.model_validate(content)
+        return content, Settings.model_validate(content)
     except ValueError as error:
         raise ArtifactError(f"{folder / CONFIG}: {error}") from error
-    single = settings.type not in MULTI_LAYER or (settings.type == "crosscoder" and (folder / PARAMS).exists())
-    return (_read_single if single else _read_layers)(folder, settings), content
+
+
+def _is_single(folder: Path, settings: Settings) -> bool:
+    """Whether its weights are in one file."""
+    return settings.type not in MULTI_LAYER or (settings.type == "crosscoder" and (folder / PARAMS).exists())
 
 
 def _hook_point(spec: DictionarySpec, sites: list[Site], n_layers: int) -> str:

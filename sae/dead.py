@@ -19,13 +19,19 @@ class Idle:
         self.rows_F = torch.zeros(spec.width // team.latents.count, dtype=torch.int64, device=device)
 
     def update(self, pairs: Pairs, n_rows: int) -> None:
-        fired_F = torch.bincount(pairs.latents_P[pairs.values_P > 0], minlength=len(self.rows_F))
+        fired_F = torch.zeros_like(self.rows_F).scatter_reduce_(
+            0, pairs.latents_P, (pairs.values_P > 0).to(self.rows_F.dtype), "amax"
+        )
         self.rows_F.add_(n_rows).masked_fill_(self.team.rows.sum(fired_F) > 0, 0)
+
+    @property
+    def is_dead_F(self) -> Tensor:
+        return self.rows_F >= self.limit
 
     @property
     def dead(self) -> Tensor:
         """Indices of the dead latents, ascending."""
-        return (self.rows_F >= self.limit).nonzero()[:, 0]
+        return self.is_dead_F.nonzero()[:, 0]
 
 
 def auxk_pairs(count: int, pre_BF: Tensor, dead: Tensor, shards: Axis) -> Pairs:
@@ -64,13 +70,12 @@ def resampling_due(spec: DictionarySpec, previous: float, progress: float) -> bo
     return resampling is not None and any(previous < at <= progress for at in resampling.at)
 
 
-def badly_rebuilt_rows(error_BD: Tensor, count: int, seed: int, step: int) -> Tensor:
+def badly_rebuilt_rows(loss_B: Tensor, count: int, seed: int, step: int) -> Tensor:
     """`count` different rows drawn with probability proportional to their loss.
 
     *Published* (Bricken et al. 2023): to the squared loss, from 819,200 rows, with replacement. *Measured here*: from
     one batch that draws Gemma 3's few rows of ten times the median norm again and again, and the copies take all of
     BatchTopK's budget (FVU 0.91 in place of 0.26).
     """
-    weights_B = error_BD.square().sum(1).cpu()
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    return torch.multinomial(weights_B, count, generator=generator).to(error_BD.device)
+    return torch.multinomial(loss_B.cpu(), count, generator=generator).to(loss_B.device)

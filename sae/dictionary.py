@@ -1,16 +1,19 @@
 """A dictionary as it ships: sparse latents on raw activations, scales and thresholds folded in; any kind."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from sae import rows
 from sae.shape import Shape
 
 
 @dataclass(frozen=True)
 class Dictionary:
     """f = z·[z > θ] with z = relu(x·w_enc + b_enc); y = f·w_dec + b_dec (+ x·w_skip). Float32, on raw (unscaled) rows.
+
+    On the CPU a row's latents and its rebuilt row have the same bits alone and among any others (`sae.rows`).
 
     `x` [B, d_in] and `y` [B, d_out] are the rows of the sites read and written, concatenated by layer. The weights are
     lists by group of latents (`sae.shape`), the skips by layer.
@@ -31,7 +34,7 @@ class Dictionary:
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """Latent activations of raw rows. [B, F]"""
-        parts = [x_BD[:, group.reads] @ w for group, w in zip(self.shape.groups, self.w_enc, strict=True)]
+        parts = [rows.product(x_BD[:, group.reads], w) for group, w in zip(self.shape.groups, self.w_enc, strict=True)]
         pre_BF = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)) + self.b_enc_F
         latents_BF = pre_BF.clamp_min(0) * (pre_BF > self.threshold_F)
         if self.k is None:
@@ -43,13 +46,25 @@ class Dictionary:
         """Raw rows rebuilt from latent activations; an affine skip needs `x_BD`, the rows encoded. [B, d_out]"""
         y_BD = self.b_dec_D.expand(len(latents_BF), -1).clone()
         for group, w in zip(self.shape.groups, self.w_dec, strict=True):
-            y_BD[:, group.writes] += latents_BF[:, group.latents] @ w
+            y_BD[:, group.writes] += rows.weighted_sum(latents_BF[:, group.latents], w)
         if self.w_skip:
             if x_BD is None:
                 raise ValueError("decode: x_BD is None, and this dictionary has an affine skip: pass the rows encoded")
             for reads, writes, w in zip(self.shape.read_columns, self.shape.write_columns, self.w_skip, strict=True):
-                y_BD[:, writes] += x_BD[:, reads] @ w
+                y_BD[:, writes] += rows.product(x_BD[:, reads], w)
         return y_BD
+
+    def decoder_rows(self, latent: int) -> list[Tensor | None]:
+        """What one latent adds to each site for an activation of 1: [D] by site; None where it does not write."""
+        number, columns = self.shape.group_of(latent), self.shape.write_columns
+        group = self.shape.groups[number]
+        row, start = self.w_dec[number][latent - group.latents.start], group.writes.start
+        return [row[at.start - start : at.stop - start] if at.start >= start else None for at in columns]
+
+    def packed(self) -> "Dictionary":
+        """The same, to be used many times: encoders and skips laid out for the CPU's kernel, and not to be saved."""
+        w_enc, w_skip = ([rows.packed(w) for w in part] for part in (self.w_enc, self.w_skip))
+        return replace(self, w_enc=w_enc, w_skip=w_skip)
 
     def to(self, device: torch.device) -> "Dictionary":
         """The same on another device."""

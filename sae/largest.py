@@ -15,8 +15,11 @@ def kth_largest(pre_BF: Tensor, k: int, team: Team, guess: float = -math.inf) ->
     for 1,024 x 4,096 on one core).
     """
     flat = pre_BF.flatten()
-    likely = flat[flat > guess]
-    if team.sum(torch.tensor(len(likely), device=flat.device)) < k:
+    for floor in (guess, guess / 2, guess / 4) if guess > 0 else (guess,):  # early in a run the entry falls fast
+        likely = flat[flat > floor]
+        if team.sum(torch.tensor(len(likely), device=flat.device)) >= k:
+            break
+    else:
         likely = flat
     if not team.alone:
         likely = team.gather(_padded_largest(likely, k)).flatten()

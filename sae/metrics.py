@@ -17,8 +17,9 @@ class FitSums:
         self.rows = 0
 
     def add(self, x_BD: Tensor, error_BD: Tensor, values_P: Tensor) -> None:
-        variance = (x_BD - x_BD.mean(0)).square().sum()
-        self.sums += torch.stack([error_BD.square().sum(), variance, (values_P > 0).sum()])
+        variance = x_BD.var(0, correction=0).sum() * len(x_BD)
+        squared_error = torch.linalg.vector_norm(error_BD).square()
+        self.sums += torch.stack([squared_error, variance, (values_P > 0).sum()])
         self.rows += len(x_BD)
 
     def take(self) -> dict[str, float]:

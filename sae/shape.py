@@ -46,6 +46,10 @@ class Shape(NamedTuple):
     def d_out(self) -> int:
         return sum(self.write_widths)
 
+    def group_of(self, latent: int) -> int:
+        """The number of the group that a latent is in."""
+        return next(n for n, group in enumerate(self.groups) if latent < group.latents.stop)
+
     @property
     def read_columns(self) -> list[slice]:
         return columns(self.read_widths)

@@ -1,5 +1,6 @@
 """Sites: the named tensors of Gemma 3 that dictionaries read, with Gemma Scope 2's hook strings."""
 
+import re
 from typing import NamedTuple
 
 # Where each site lies, in the hook strings of Gemma Scope 2's config.json (technical paper, section 3.1).
@@ -11,6 +12,9 @@ HOOK_POINTS = {
 }
 # The order in which one decoder layer computes them: harvest stops after the last one needed.
 ORDER_IN_LAYER = ("attn_out", "mlp_in", "mlp_out", "resid_post")
+STATIC_TOKENS = 4
+"""Of a chat: `<bos><start_of_turn>user\\n`, the same in every sequence and not trained on (*published*: Gemma Scope 2's
+dictionaries of the instruction-tuned models)."""
 
 
 class Site(NamedTuple):
@@ -32,3 +36,16 @@ class Site(NamedTuple):
     def depth(self) -> tuple[int, int]:
         """Sorts sites by when the forward pass reaches them."""
         return self.layer, ORDER_IN_LAYER.index(self.name)
+
+
+def named(hook_point: str, count: int) -> list[Site]:
+    """The `count` sites of a hook string, in which braces name several layers; ValueError if they are not so many."""
+    for name, pattern in HOOK_POINTS.items():
+        before, after = pattern.split("{layer}")
+        found = re.fullmatch(rf"{re.escape(before)}(\d+|\{{[\d,]+\}}|\{{all\}}){re.escape(after)}", hook_point)
+        if found:
+            inner = found[1].strip("{}")
+            layers = list(range(count)) if inner == "all" else [int(layer) for layer in inner.split(",") if layer]
+            if len(set(layers)) == count == len(layers):
+                return [Site(layer, name) for layer in layers]
+    raise ValueError(f"{hook_point!r} does not name {count} of the sites of {', '.join(HOOK_POINTS)}")

@@ -10,6 +10,8 @@ from sae.activations import ACTIVATIONS
 from sae.dead import Idle, badly_rebuilt_rows, resampling_due
 from sae.dictionary import Dictionary
 from sae.fold import Scales, Trained, fold
+from sae.fused import FusedStep, covers
+from sae.kernels import for_device
 from sae.metrics import FitSums
 from sae.objective import Objective
 from sae.shape import Group, Shape, size
@@ -53,6 +55,7 @@ class TrainingDictionary:
         self.progress_done = torch.zeros((), dtype=torch.float64)
         self.sums = FitSums(device, team)
         self.pre_buffer = torch.empty(0, device=device)  # reused: a fresh one a step costs page faults
+        self.fused = self._fused()
 
     @torch.no_grad()
     def step(self, x_BD: Tensor, y_BD: Tensor, progress: float) -> None:
@@ -60,11 +63,14 @@ class TrainingDictionary:
 
         The loss is the squared error summed over D and averaged over B, plus what activation and options add.
         """
-        error_BD = self.set_gradients(x_BD, y_BD, progress)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self._now(progress).learning_rate
-        self.optimiser.step()
-        self._normalise()
+        if self.fused:
+            error_BD = self._step_fused(self.fused, x_BD, y_BD, progress)
+        else:
+            error_BD = self.set_gradients(x_BD, y_BD, progress)
+            for group in self.optimiser.param_groups:
+                group["lr"] = self._now(progress).learning_rate
+            self.optimiser.step()
+            self._normalise()
         if self.spec.options.auxk is not None:
             self.activation.relax(self.idle.dead)
         if resampling_due(self.spec, self.progress_done.item(), progress):
@@ -72,14 +78,30 @@ class TrainingDictionary:
         self.steps_done += 1
         self.progress_done.fill_(progress)
 
+    def _step_fused(self, fused: FusedStep, x_BD: Tensor, y_BD: Tensor, progress: float) -> Tensor:
+        if self.steps_done == 0:
+            self._start(x_BD, y_BD, len(x_BD), self._now(progress))
+        error_BD, values_P = fused.step(x_BD, y_BD, self._now(progress))
+        self.sums.add(y_BD, error_BD, values_P)
+        return error_BD
+
+    def _fused(self) -> FusedStep | None:
+        """For what it can step; `sae.objective` does all."""
+        if not covers(self.spec, self.team):
+            return None
+        parameter_type = self.parameters["b_dec"].dtype
+        return FusedStep(
+            self, for_device(self.device), torch.bfloat16 if self.device.type == "cuda" else parameter_type
+        )
+
     @torch.no_grad()
     def set_gradients(self, x_BD: Tensor, y_BD: Tensor, progress: float) -> Tensor:
-        """Sets every learned tensor's `.grad`, as `step` does before Adam; the error ŷ − y. [B, d_out]"""
+        """Sets every learned tensor's `.grad`, as a step does that is not fused; the error ŷ − y. [B, d_out]"""
         n_rows = self.team.rows.total(len(x_BD), self.device)
         if self.steps_done == 0:
             self._start(x_BD, y_BD, n_rows, self._now(progress))
         now = self._now(progress)
-        centred_BD = x_BD - self._centre()
+        centred_BD = x_BD - self.centre()
         pre_BF = self._pre_activations(centred_BD)
         objective = Objective(self, centred_BD, y_BD, pre_BF, n_rows, now)
         for name, parameter in self.learned.items():
@@ -124,7 +146,7 @@ class TrainingDictionary:
         b_enc_F, b_dec_D = self.parameters["b_enc"], self.parameters["b_dec"]
         w_enc, w_dec, w_skip = (self.weights(name) for name in ("w_enc", "w_dec", "w_skip"))
         gain_F, shift_F, threshold_F, k = self.activation.ships()
-        return Trained(w_enc, b_enc_F, gain_F, shift_F, threshold_F, w_dec, b_dec_D, self._centre(), w_skip, k)
+        return Trained(w_enc, b_enc_F, gain_F, shift_F, threshold_F, w_dec, b_dec_D, self.centre(), w_skip, k)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name, of this shard; `sae.shards` puts shards together."""
@@ -143,6 +165,7 @@ class TrainingDictionary:
             self.optimiser.state[parameter] = {
                 key.removeprefix(f"adam.{name}."): self._part(state, key).to(self.device, copy=True) for key in keys
             }
+        self.fused = self._fused()
 
     def _part(self, state: Mapping[str, Tensor], name: str) -> Tensor:
         tensor = state[name]
@@ -180,19 +203,21 @@ class TrainingDictionary:
 
     def _start(self, x_BD: Tensor, y_BD: Tensor, n_rows: int, now: schedule.Now) -> None:
         if self.taken_over:
-            pre_BF = self._pre_activations(x_BD - self._centre())
+            pre_BF = self._pre_activations(x_BD - self.centre())
             active = self.team.sum((pre_BF > self.activation.threshold()).sum())
             self.l0_start.fill_(active.item() / n_rows)
             return
         if self.spec.training.centre == "data":
             self.parameters["b_dec"].copy_(self.team.rows.sum(y_BD.sum(0)) / n_rows)
             self.centre_D.copy_(self.team.rows.sum(x_BD.sum(0)) / n_rows)
-        self.parameters["b_enc"] += self.activation.start(self._pre_activations(x_BD - self._centre()), n_rows, now)
+        if self.fused:  # its own first selection is where these activations start
+            return
+        self.parameters["b_enc"] += self.activation.start(self._pre_activations(x_BD - self.centre()), n_rows, now)
 
     def _now(self, progress: float) -> schedule.Now:
         return schedule.now(self.spec, progress, int(self.steps_done) + 1, self.l0_start.item())
 
-    def _centre(self) -> Tensor:
+    def centre(self) -> Tensor:
         return self.parameters["b_dec"] if self.spec.autoencodes else self.centre_D
 
     def _pre_activations(self, centred_BD: Tensor) -> Tensor:
@@ -208,18 +233,29 @@ class TrainingDictionary:
             w_FD /= w_FD.norm(dim=1, keepdim=True)
 
     def _resample(self, x_BD: Tensor, y_BD: Tensor, error_BD: Tensor) -> None:
-        """Dead latents restart along badly rebuilt rows, with a small encoder, and with their moments forgotten."""
-        dead = self.idle.dead[: len(x_BD)]
-        if not len(dead):
+        """Dead latents of all shards restart along badly rebuilt rows of all replicas, with a small encoder, and with
+        their moments forgotten."""
+        n_rows = self.team.rows.total(len(x_BD), self.device)
+        is_dead_F = self.idle.is_dead_F
+        everyones_F = self.team.latents.gather(is_dead_F.long()).T.flatten()
+        count = min(int(everyones_F.sum()), n_rows)
+        if count == 0:
             return
-        rows = badly_rebuilt_rows(error_BD, len(dead), self.spec.seed, step=int(self.steps_done))
-        inputs_XD, targets_XD = (x_BD - self._centre())[rows], (y_BD - self.parameters["b_dec"])[rows]
-        is_dead_F = torch.zeros(self.shape.width, dtype=torch.bool, device=self.device).index_fill_(0, dead, True)
+        weights_B = self._of_all_replicas(error_BD.square().sum(1), n_rows)
+        rows = badly_rebuilt_rows(weights_B, count, self.spec.seed, step=int(self.steps_done))
+        number_F = self.team.mine(everyones_F.cumsum(0) - 1)  # of a dead latent among those of all shards
+        dead = (is_dead_F & (number_F < count)).nonzero()[:, 0]
+        inputs_XD, targets_XD = (
+            self._of_all_replicas(part_BD, n_rows)[rows[number_F[dead]]]
+            for part_BD in (x_BD - self.centre(), y_BD - self.parameters["b_dec"])
+        )
         for n, group in enumerate(self.shape.groups):
             here = (dead >= group.latents.start) & (dead < group.latents.stop)
             mine, living_F = dead[here] - group.latents.start, ~is_dead_F[group.latents]
             w_enc_FD, w_dec_FD = self.parameters[f"w_enc.{n}"], self.parameters[f"w_dec.{n}"]
-            norm = RESAMPLED_NORM * w_enc_FD[living_F].norm(dim=1).mean() if living_F.any() else RESAMPLED_NORM
+            living = torch.stack([w_enc_FD[living_F].norm(dim=1).sum(), living_F.sum()])
+            total, n_living = self.team.latents.sum(living)
+            norm = RESAMPLED_NORM * (total / n_living if n_living else 1)
             w_enc_FD[mine] = norm * _unit_rows(inputs_XD[here][:, group.reads])
             w_dec_FD[mine] = _unit_rows(targets_XD[here][:, group.writes])
             self._forget_moments({f"w_enc.{n}": mine, f"w_dec.{n}": mine})
@@ -227,6 +263,12 @@ class TrainingDictionary:
         self.activation.restart(dead)
         self._forget_moments(dict.fromkeys(("b_enc", *self.activation.learned), dead))
         self.idle.rows_F[dead] = 0
+
+    def _of_all_replicas(self, mine: Tensor, n_rows: int) -> Tensor:
+        """What each replica has a row of the batch of, in the batch's order. [B of this replica, …] to [B, …]"""
+        whole = mine.new_zeros(n_rows, *mine.shape[1:])
+        whole.tensor_split(self.team.rows.count)[self.team.rows.index].copy_(mine)
+        return self.team.rows.sum(whole)
 
     def _forget_moments(self, rows: dict[str, Tensor]) -> None:
         for name, latents in rows.items():

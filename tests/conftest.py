@@ -135,7 +135,7 @@ def tiny_recipe(tiny_gemma: Path, documents: Path, tmp_path: Path) -> dict:
     return {
         "name": "tiny",
         "output": str(tmp_path / "run"),
-        "model": {"name": str(tiny_gemma)},
+        "model": {"name": str(tiny_gemma), "dtype": "bfloat16"},
         "corpus": {"paths": [str(documents)], "context": 32, "train_tokens": 61_440, "heldout_tokens": 2048},
         "harvest": {"sequences": 8, "cpus": 0.5},
         "stream": {"window_sequences": 128, "batch_rows": 512},

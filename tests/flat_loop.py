@@ -20,7 +20,7 @@ def fit(recipe: Recipe, tokens: np.ndarray, eligible: np.ndarray | None = None) 
     """Trains all dictionaries of a recipe for a text-only model on token ids [sequences, T]; on the rows of some of
     them, if `eligible` says so, else of all but BOS."""
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype=getattr(torch, recipe.model.dtype))
     specs, everything = recipe.specs(), torch.from_numpy(np.array(tokens)).long()
     trained = everything != BOS if eligible is None else torch.from_numpy(eligible)
     sites = sorted({site for spec in specs for site in spec.sites})
@@ -38,7 +38,7 @@ def fit(recipe: Recipe, tokens: np.ndarray, eligible: np.ndarray | None = None) 
 
         widths = {site.key: outputs[site].shape[-1] for site in sites}
         bank = [TrainingDictionary(spec, widths, torch.device("cpu")) for spec in specs]
-        size = recipe.stream.window_sequences
+        size = recipe.window_sequences
         parts = list(zip(everything.split(size), trained.split(size), strict=True))
         epochs = recipe.stream.epochs
         for window, (sequences, eligible_there) in enumerate(parts * epochs):
@@ -49,7 +49,7 @@ def fit(recipe: Recipe, tokens: np.ndarray, eligible: np.ndarray | None = None) 
                 for site in sites:
                     keep &= outputs[site].float().norm(dim=-1) <= limits[site]
                 for site in sites:
-                    rows[site].append(outputs[site][keep])
+                    rows[site].append(outputs[site][keep].bfloat16())  # as the stream carries them
             window_rows = {site: torch.cat(parts) for site, parts in rows.items()}
             n = len(window_rows[sites[0]])
             order = torch.randperm(n, generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + window))

@@ -58,8 +58,8 @@ def make_rows(dictionary: Dictionary, n_rows: int = 64) -> torch.Tensor:
     return torch.randn(n_rows, dictionary.shape.d_in, generator=torch.Generator().manual_seed(2))
 
 
-def make_config(spec: DictionarySpec) -> artifact.Config:
-    return artifact.config(spec, MODEL, N_LAYERS)
+def make_config(spec: DictionarySpec, model: str = MODEL, n_layers: int = N_LAYERS) -> artifact.Config:
+    return artifact.config(spec, model, n_layers)
 
 
 def tensors(dictionary: Dictionary) -> list[torch.Tensor]:

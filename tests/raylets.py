@@ -67,7 +67,7 @@ class Raylets:
             )
         self.nodes.append(node)
 
-    def wait_until(self, met: Any, seconds: float = 60) -> None:
+    def wait_until(self, met: Any, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:

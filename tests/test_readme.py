@@ -43,12 +43,13 @@ def test_own_recipe__parses_and_expands() -> None:
 
 
 def test_every_command_is_one_that_a_test_runs() -> None:
-    """make targets by CI, jobs/sweep.py by tests/jobs/test_sweep.py, the submission by tests/jobs/test_submit.py."""
+    """make targets by CI, jobs/sweep.py by tests/jobs/test_sweep.py, the submission by tests/jobs/test_submit.py, and
+    what make serve runs by tests/serve/test_live.py."""
     in_ci = {line.split()[1] for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")}
     assert "check-demo" in in_ci  # which is make sweep, and looks at what it gave
     for line in commands():
         if line.startswith("make "):
-            assert line.split()[1] in in_ci | {"sweep"}, line
+            assert line.split()[1] in in_ci | {"sweep", "serve"}, line
         else:
             assert line.startswith(("python jobs/sweep.py mine.yaml", "ray job submit --address http://HEAD:8265 ")), (
                 line

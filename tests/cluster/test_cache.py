@@ -1,4 +1,5 @@
-"""The activation cache: the rows of a run without one, bit for bit, whatever happened to its files."""
+"""The activation cache, in a folder and in a bucket: the rows of a run without one, bit for bit, whatever happened to
+its files."""
 
 import json
 import multiprocessing
@@ -6,17 +7,21 @@ import os
 import random
 import shutil
 import signal
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from boto3.s3.transfer import TransferConfig
 
-from cluster import cache, gemma, harvest, recipe
+from cluster import cache, gemma, harvest, recipe, store, tensors
 from cluster.cache import Cache, Shard
 from cluster.calibrate import measure
 from cluster.errors import UserError
 from cluster.harvest import BLOCK, BLOCK_ROWS, ROW, Harvester
+from cluster.store import FolderStore, S3Store, Store
+from sae import hooks
 from sae.sites import Site
 
 CPU, BOS = torch.device("cpu"), 2
@@ -25,6 +30,8 @@ GRIDS = [
     {"layers": [0, 3], "activations": ["batch_topk"], "widths": [64], "l0s": [8]},
     {"layers": [1], "sites": ["attn_out"], "activations": ["topk"], "widths": [64], "l0s": [8]},
 ]
+in_both = pytest.mark.parametrize("place", ["folder", "s3"], indirect=True)
+in_a_bucket = pytest.mark.parametrize("place", ["s3"], indirect=True)
 
 
 @pytest.fixture
@@ -34,13 +41,23 @@ def model_folder(tiny_gemma: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def parsed(tiny_recipe: dict, model_folder: Path, tmp_path: Path):
+def place(request, tmp_path: Path) -> str:
+    """Of a cache that is not there yet, in a folder if it is not said where."""
+    if getattr(request, "param", "folder") == "folder":
+        return str(tmp_path / "cache")
+    request.getfixturevalue("s3")
+    return f"s3://runs/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def parsed(tiny_recipe: dict, model_folder: Path, place: str):
     """A recipe with a cache, as a function of what differs in it."""
 
     def parse(grids: list[dict] = GRIDS, harvest: dict | None = None, **changes) -> recipe.Recipe:
         text = tiny_recipe["corpus"] | {"train_tokens": SEQUENCES * 32}
-        settings = {"sequences": 8, "outlier_norm": 1.1, "cache": str(tmp_path / "cache")} | (harvest or {})
-        content = {"model": {"name": str(model_folder)}, "corpus": text, "sweep": grids, "harvest": settings}
+        settings = {"sequences": 8, "outlier_norm": 1.1, "cache": place} | (harvest or {})
+        model = {"name": str(model_folder), "dtype": "bfloat16"}
+        content = {"model": model, "corpus": text, "sweep": grids, "harvest": settings}
         return recipe.parse(tiny_recipe | {"stream": {"window_sequences": 16, "batch_rows": 64}} | content | changes)
 
     return parse
@@ -58,6 +75,13 @@ def sites_of(parsed: recipe.Recipe) -> list[Site]:
     return sorted({site for spec in parsed.specs() for site in spec.sites}, key=lambda site: site.depth)
 
 
+def put(place: Store, name: str, content: bytes, folder: Path) -> None:
+    """Puts a file in the place of another, as no cache would."""
+    (folder / "put").write_bytes(content)
+    place.put_file(name, folder / "put")
+    (folder / "put").unlink()
+
+
 class Run:
     """A sweep's harvest: its sites, its scales, and its rows block by block in this process."""
 
@@ -65,7 +89,7 @@ class Run:
         self.recipe, self.path, self.sites = parsed, tokens_path, sites_of(parsed)
         self.cache = cache.claim(parsed, self.sites, tokens_path)
         tokens = torch.from_numpy(np.load(tokens_path)).long()
-        captured = gemma.capture(gemma.load(parsed.model, CPU), tokens, self.sites)
+        captured = hooks.capture(gemma.load(parsed.model, CPU), tokens, self.sites)
         self.scales = measure(tokens != BOS, captured, parsed.harvest.outlier_norm)
 
     def blocks(self, numbers: list[int], *, cached: bool = True) -> list[harvest.Rows]:
@@ -95,6 +119,7 @@ def spoil_model(folder: Path) -> None:
         gemma.load(recipe.Model(name=str(folder)), CPU)
 
 
+@in_both
 def test_harvest__from_the_cache_is_bit_for_bit_what_the_model_gives(parsed, tokens_path, model_folder) -> None:
     run = Run(parsed(), tokens_path)
     alone = run.blocks([0, 1, 2], cached=False)
@@ -116,10 +141,11 @@ def test_harvest__a_sweep_of_fewer_sites_and_other_limits_reads_the_same_cache(
     assert_same(fewer.blocks([0, 1, 2]), alone)
 
 
+@in_both
 def test_harvest__a_shard_that_a_smaller_sweep_mends_has_all_sites_again(parsed, tokens_path, model_folder) -> None:
     run = Run(parsed(), tokens_path)
     alone = run.blocks([0, 1, 2])
-    run.cache._path(1).unlink()
+    run.cache.store.delete([cache._name(1)])
     Run(parsed(GRIDS[:1]), tokens_path).blocks([1])
     spoil_model(model_folder)
     assert_same(run.blocks([0, 1, 2]), alone)
@@ -134,45 +160,52 @@ def test_harvest__a_second_epoch_has_the_same_rows_in_blocks_of_its_own(parsed, 
     assert_same(run.blocks([3, 0]), [second[0], first[0]])
 
 
-def test_read__any_damaged_byte_is_noticed_and_the_block_harvested_again(parsed, tokens_path, monkeypatch) -> None:
+@in_both
+def test_read__any_damaged_byte_is_noticed_and_the_block_harvested_again(
+    parsed, tokens_path, monkeypatch, tmp_path, place: str
+) -> None:
     run, loads = Run(parsed(), tokens_path), []
     alone = run.blocks([1], cached=False)
     run.blocks([1])
-    path = run.cache._path(1)
-    whole, keys = path.read_bytes(), [site.key for site in run.sites]
+    name, keys = cache._name(1), [site.key for site in run.sites]
+    whole = run.cache.store.read(name)
     sound = run.cache.read(1, keys)
     header = 8 + int.from_bytes(whole[:8], "little")
     chosen = random.Random(0)
     places = [0, 3, 7, 8, header - 1, header, len(whole) - 1]
-    places += [chosen.randrange(8, header) for _ in range(150)]
-    places += [chosen.randrange(header, len(whole)) for _ in range(60)]
+    times = 1 if place.startswith("s3") else 10
+    places += [chosen.randrange(8, header) for _ in range(15 * times)]
+    places += [chosen.randrange(header, len(whole)) for _ in range(6 * times)]
     unnoticed = 0
-    for place in places:
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << chosen.randrange(8))]) + whole[place + 1 :])
+    for at in places:
+        bit = 1 << chosen.randrange(8)
+        put(run.cache.store, name, whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :], tmp_path)
         shard = run.cache.read(1, keys)
         if shard is not None:  # only what pads the header has no meaning
             unnoticed += 1
-            assert place < header
+            assert at < header
             assert_equal_shards(shard, sound)
-    assert unnoticed <= 12  # of 217
+    assert unnoticed <= 12, unnoticed  # of 217
     for cut in (0, 7, header, len(whole) - 1):
-        path.write_bytes(whole[:cut])
+        put(run.cache.store, name, whole[:cut], tmp_path)
         assert run.cache.read(1, keys) is None
     load = gemma.load_trunk
     monkeypatch.setattr(gemma, "load_trunk", lambda *a: loads.append(1) or load(*a))
-    path.write_bytes(whole[: header + 100] + bytes([whole[header + 100] ^ 4]) + whole[header + 101 :])
+    damaged = whole[: header + 100] + bytes([whole[header + 100] ^ 4]) + whole[header + 101 :]
+    put(run.cache.store, name, damaged, tmp_path)
     assert_same(run.blocks([1]), alone)
     assert loads == [1]  # the fault was met, and mended:
     assert run.cache.read(1, keys) is not None
 
 
-def test_read__a_shard_of_another_identity_or_block_is_none(parsed, tokens_path) -> None:
+@in_both
+def test_read__a_shard_of_another_identity_or_block_is_none(parsed, tokens_path, tmp_path) -> None:
     run = Run(parsed(), tokens_path)
     run.blocks([0, 1])
     keys = [site.key for site in run.sites]
     assert run.cache.read(0, keys) is not None
     assert run.cache._replace(identity="0" * 64).read(0, keys) is None
-    shutil.copy(run.cache._path(0), run.cache._path(1))
+    put(run.cache.store, cache._name(1), run.cache.store.read(cache._name(0)), tmp_path)
     assert run.cache.read(1, keys) is None
     assert run.cache.read(2, keys) is None
 
@@ -196,7 +229,7 @@ def test_check__a_cache_of_something_else_is_refused_before_anything_is_spent(
     for field, value in changes.items():
         content[field] = content[field] | value if isinstance(value, dict) else value
     other = recipe.parse(content | {"fit": {"workers": 1}})
-    with pytest.raises(UserError, match=f"harvest.cache: .*{part}.*: name another folder"):
+    with pytest.raises(UserError, match=f"harvest.cache: .*{part}.*: name another folder or prefix"):
         cache.check(other, {site.key: 32 for site in sites_of(other)})
 
 
@@ -218,87 +251,142 @@ def test_claim__other_tokens_or_weights_are_refused(parsed, tokens_path, model_f
 def test_claim__a_moved_model_is_the_same(parsed, tokens_path, model_folder) -> None:
     run = Run(parsed(), tokens_path)
     moved = shutil.copytree(model_folder, model_folder.with_name("moved"))
-    again = cache.claim(parsed(model={"name": str(moved)}), run.sites, tokens_path)
-    assert again == run.cache
+    again = cache.claim(parsed(model={"name": str(moved), "dtype": "bfloat16"}), run.sites, tokens_path)
+    assert (again.identity, again.sites) == (run.cache.identity, run.cache.sites)
 
 
-def test_check__what_cannot_hold_a_cache_is_refused(parsed, tmp_path, monkeypatch) -> None:
+def test_check__a_folder_that_cannot_hold_a_cache_is_refused(parsed, tmp_path, monkeypatch) -> None:
     widths = {"resid_post.0": 32}
-    with pytest.raises(UserError, match=r"harvest.cache: s3://b/c is no folder"):
-        parsed(harvest={"cache": "s3://b/c"})
     with pytest.raises(UserError, match=r"harvest.cache: /proc/nowhere cannot be written"):
         cache.check(parsed(harvest={"cache": "/proc/nowhere"}), widths)
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(UserError, match=r"harvest.cache: .* holds thesis.txt and no cache"):
-        cache.check(parsed(), widths)
-    (tmp_path / "cache" / "thesis.txt").unlink()
-    cache.check(parsed(), widths)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, SEQUENCES * 32 * 76 - 1))
     with pytest.raises(UserError, match=r"harvest.cache: needs .* GiB more"):
         cache.check(parsed(), widths)  # 8 bytes a row, 2·32 + 4 a row and site
 
 
+@in_both
+def test_check__a_place_that_holds_something_else_is_refused(parsed, place: str, tmp_path) -> None:
+    widths, opened = {"resid_post.0": 32}, cache._open(place)
+    cache.check(parsed(), widths)
+    assert opened.names() == []
+    opened.put_new("thesis.txt", b"irreplaceable")
+    with pytest.raises(UserError, match=r"harvest.cache: .* holds thesis.txt and no cache"):
+        cache.check(parsed(), widths)
+
+
+@in_a_bucket
+def test_check__a_bucket_that_cannot_hold_a_cache_is_refused(parsed, place: str, monkeypatch) -> None:
+    widths = {"resid_post.0": 32}
+    with pytest.raises(UserError, match=r"^harvest.cache: there is no bucket nowhere: create it"):
+        cache.check(parsed(harvest={"cache": "s3://nowhere/x"}), widths)
+    with pytest.raises(UserError, match=r"^harvest.cache: is not s3://bucket/prefix: .*AWS_"):
+        parsed(harvest={"cache": "s3://key:secret@runs/x"})
+    for one, other in ((place, place), (place, f"{place}/run"), (f"{place}/cache", place)):
+        with pytest.raises(UserError, match=r"^harvest.cache: lies in storage, or storage in it"):
+            parsed(harvest={"cache": one}, storage=other)
+    parsed(storage=f"{place}-run")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(UserError, match=r"^harvest.cache: .* cannot be written .*AWS_SECRET_ACCESS_KEY"):
+        cache.check(parsed(), widths)
+
+
+@in_both
+def test_claim__of_two_sweeps_that_make_it_at_once_both_have_the_firsts_sites(parsed, tokens_path, monkeypatch) -> None:
+    """The second looks before the first has made it."""
+    compare, looked = cache._compare, []
+
+    def look_and_make(*arguments: object) -> object:
+        looked.append(compare(*arguments))
+        if len(looked) == 1:
+            Run(parsed(), tokens_path)
+        return looked[-1]
+
+    monkeypatch.setattr(cache, "_compare", look_and_make)
+    second = Run(parsed(GRIDS[:1]), tokens_path)
+    assert looked[0] is None
+    assert [site.key for site in second.cache.sites] == ["resid_post.0", "attn_out.1", "resid_post.3"]
+
+
 def sample(seed: int) -> Shard:
-    """Random rows, 1 MB."""
-    n, site = 4000, "resid_post.0"
+    """Random rows, 6 MB: two parts of an upload."""
+    n, site = 24_000, "resid_post.0"
     bits = np.random.default_rng(seed).integers(-(2**15), 2**15, (n, 128), dtype=np.int16)
     return Shard(np.arange(n), {site: np.full(n, float(seed), np.float32)}, {site: bits})
 
 
-def write_and_die(written: Cache, shard: Shard, moment: str) -> None:
-    """In a process of its own: SIGKILL in the middle of the file, before it has its name, or after."""
-    save, rename = cache.save_file, os.replace
+def die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
 
-    def half_save(tensors: dict, path: Path, **more) -> None:
-        save(tensors, path, **more)
+def die_in_a_folder(moment: str) -> None:
+    save, rename = tensors.save_file, os.replace
+
+    def half_save(content: dict, path: Path, **more) -> None:
+        save(content, path, **more)
         os.truncate(path, path.stat().st_size // 2)
         die()
 
-    def no_rename(*_: Path) -> None:
-        die()
-
-    def rename_and_die(*paths: Path) -> None:
-        rename(*paths)
-        die()
-
     if moment == "in the middle":
-        cache.save_file = half_save
+        tensors.save_file = half_save
     else:
-        os.replace = no_rename if moment == "before its name" else rename_and_die
+        os.replace = die if moment == "before its name" else lambda *paths: die(rename(*paths))
+
+
+def die_in_a_bucket(moment: str, place: S3Store) -> None:
+    store.TRANSFER = TransferConfig(multipart_threshold=2**22, multipart_chunksize=5 * 2**20, max_concurrency=1)
+    events, parts = place.client.meta.events, []
+    if moment == "in the middle":
+        events.register("after-call.s3.UploadPart", lambda **_: parts.append(1) or (len(parts) == 1 and die()))
+    else:
+        events.register(f"{'before' if moment == 'before its name' else 'after'}-call.s3.CompleteMultipartUpload", die)
+
+
+def write_and_die(written: Cache, shard: Shard, moment: str) -> None:
+    """In a process of its own: SIGKILL in the middle of the file, before it has its name, or after."""
+    if isinstance(written.store, S3Store):
+        die_in_a_bucket(moment, written.store)
+    else:
+        die_in_a_folder(moment)
     written.write(0, shard)
 
 
+@in_both
 @pytest.mark.parametrize("moment", ["in the middle", "before its name", "after it"])
 @pytest.mark.parametrize("there_before", [False, True])
-def test_write__killed_leaves_the_old_shard_or_the_new_one(tmp_path: Path, moment: str, there_before: bool) -> None:
-    written, old, new = Cache(tmp_path, "identity", [Site(0, "resid_post")]), sample(0), sample(1)
+def test_write__killed_leaves_the_old_shard_or_the_new_one(place: str, moment: str, there_before: bool) -> None:
+    old, new = sample(0), sample(1)
+
+    def opened() -> Cache:  # a client does not outlive a fork
+        return Cache(cache._open(place), "identity", [Site(0, "resid_post")])
+
     if there_before:
-        written.write(0, old)
-    writer = multiprocessing.get_context("fork").Process(target=write_and_die, args=(written, new, moment))
+        opened().write(0, old)
+    writer = multiprocessing.get_context("fork").Process(target=write_and_die, args=(opened(), new, moment))
     writer.start()
     writer.join()
     assert writer.exitcode == -signal.SIGKILL
-    assert len(list(tmp_path.glob("*.staged"))) == (moment != "after it")
+    written = opened()
     found, expected = written.read(0, ["resid_post.0"]), new if moment == "after it" else old
     if moment != "after it" and not there_before:
         assert found is None
         assert written.blocks() == 0
     else:
         assert_equal_shards(found, expected)
+        assert written.store.names() == [cache._name(0)]
+    if isinstance(written.store, FolderStore):
+        assert len(list(Path(place).glob(f"{store.STAGED}*"))) >= 1  # the writer was killed on its way
 
 
 def test_claim__removes_old_staged_files_and_no_others(parsed, tokens_path, tmp_path) -> None:
     folder = tmp_path / "cache"
-    folder.mkdir()
-    for name in ("old.staged", "new.staged"):
-        (folder / name).touch()
-    os.utime(folder / "old.staged", (0, 0))
+    for name in (".staged-old", ".staged-new"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "tensors").touch()
+    (folder / ".staged-file").touch()
+    for name in (".staged-old", ".staged-file"):
+        os.utime(folder / name, (0, 0))
     Run(parsed(), tokens_path)
-    assert {path.name for path in folder.iterdir()} == {"new.staged", "identity.json"}
+    assert {path.name for path in folder.iterdir()} == {".staged-new", "identity.json"}
     assert json.loads((folder / "identity.json").read_text())["sites"] == ["resid_post.0", "attn_out.1", "resid_post.3"]
 
 

@@ -16,9 +16,10 @@ from cluster.calibrate import measure
 from cluster.chat import Message, Template, Unsound
 from cluster.errors import UserError
 from cluster.harvest import harvest_block
-from cluster.recipe import STATIC_TOKENS, Model
+from cluster.recipe import Model
 from cluster.tokens import ASSISTANT, PADDING, USER, Sequences, is_heldout
-from sae import artifact
+from sae import artifact, hooks
+from sae.sites import STATIC_TOKENS
 from tests.conftest import WORDS, write_chat_tokenizer
 from tests.published import make_dictionary
 
@@ -259,7 +260,7 @@ def test_harvest__emits_rows_of_the_chosen_roles_only(built, chat_gemma: Path) -
     assert len(positions) == (roles == ASSISTANT).sum() == len(rows[sites[0].key])
     # Padding on the right changes nothing on its left.
     length = int(span.real[0].sum())
-    alone = gemma.capture(model, span.ids[:1, :length], sites)[sites[0]][0]
+    alone = hooks.capture(model, span.ids[:1, :length], sites)[sites[0]][0]
     own = positions[positions < CONTEXT]
     torch.testing.assert_close(rows[sites[0].key][: len(own)], alone[own], rtol=2e-2, atol=2e-2)
 
@@ -272,7 +273,7 @@ def test_evaluate__uses_the_same_masks_on_heldout_conversations(ray_session, bui
     (site,) = spec.sites
     model = gemma.load(parsed.model, CPU)
     span = Sequences(parsed, folder / "heldout.npy", CPU).read(0, 6)
-    captured = torch.cat([gemma.capture(model, ids, [site])[site] for ids in span.ids.split(4)])
+    captured = torch.cat([hooks.capture(model, ids, [site])[site] for ids in span.ids.split(4)])
     scales = measure(span.eligible, {site: captured}, 1.2)
     folders = publish.folders(parsed, tmp_path / "staging")
     artifact.write(folders[spec.id], make_dictionary(spec, d=32), artifact.config(spec, "tiny", 4))
@@ -307,7 +308,7 @@ def loss_by_hand(model, site, ids, real, mask, rows) -> float:
             output[chosen] = new.to(output.dtype)
             return output
 
-        handle = gemma.trunk(model).layers[site.layer].register_forward_hook(hook)
+        handle = hooks.trunk(model).layers[site.layer].register_forward_hook(hook)
         logits = model(input_ids=block).logits[:, :-1].float()
         handle.remove()
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), block[:, 1:].flatten(), reduction="none")

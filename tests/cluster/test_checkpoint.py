@@ -17,11 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from cluster.checkpoint import Checkpoints, Collector, Position, State, Writer, name
 from cluster.store import FolderStore, S3Store
+from sae import artifact
 from sae.artifact import MANIFEST
+from tests.chaos import table
+from tests.report import row
 
+pytestmark = pytest.mark.faults
 RANKS = [["a", "b"], ["c"]]
 IDS = [id for rank in RANKS for id in rank]
 BOUNDARIES = {"open", "os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir", "http.client.send"}
@@ -136,6 +141,7 @@ def test_a_writer_killed_at_any_boundary__leaves_this_checkpoint_or_the_one_befo
         before = after
         if boundary % 2:
             checkpoints.prune(checkpoints.newest())  # what a new start does; a restart of the workers does not
+    found_whole("b-killed-writer", "writer killed at each boundary", checkpoints, boundary, 40, 25)
     assert after == before + 10
     assert seen == {0, 10}
     assert boundary >= (25 if isinstance(checkpoints.store, S3Store) else 40)  # the faults have happened
@@ -162,8 +168,17 @@ def test_a_full_disk_at_any_boundary__leaves_this_checkpoint_or_the_one_before(c
             before = after
     finally:
         Fault.kill = True
+    found_whole("c-full-disk", "disk full at each boundary", checkpoints, boundary, 15, 15)
     assert boundary >= 15
     assert recovered(checkpoints) == before + 10
+
+
+def found_whole(key: str, fault: str, checkpoints: Checkpoints, points: int, in_folder: int, in_bucket: int) -> None:
+    """A line of the fault table: at so many points a whole checkpoint was found, this one or the one before."""
+    in_s3 = isinstance(checkpoints.store, S3Store)
+    where, least = ("a bucket", in_bucket) if in_s3 else ("a folder", in_folder)
+    name = f"checkpoint in {where}, {fault}: points with step n or n−1 whole"
+    table.add(f"{key}-{'bucket' if in_s3 else 'folder'}", row(name, points, "points", ">=", least))
 
 
 def damaged(content: bytes, every: int) -> list[bytes]:
@@ -192,7 +207,34 @@ def test_damaged_files__are_noticed_and_the_checkpoint_before_is_used(checkpoint
         assert recovered(checkpoints) == 20
     store.delete([f"{newest.folder.name}/a.safetensors"])
     assert recovered(checkpoints) == 10
+    found_whole("d-damaged", "files cut, or with a flipped bit, noticed before a step", checkpoints, points, 500, 40)
     assert points >= (40 if isinstance(store, S3Store) else 500)
+
+
+def commit_early(self: Collector, parts: list[dict[str, Any]], names: list[str]) -> None:
+    """Commits when the first part has arrived."""
+    if self.committing is None:
+        self.committing = self.pool.submit(self._commit, parts[0]["name"], parts[0]["files"])
+
+
+committed = Checkpoints._committed
+SABOTAGES = {
+    "a manifest before all parts are there": (Collector, "add", commit_early),
+    "no look at the digests": (artifact, "verify", lambda folder: None),
+    "the oldest in place of the newest": (Checkpoints, "_committed", lambda self: committed(self)[::-1]),
+}
+
+
+@pytest.mark.parametrize("checkpoints", ["folder"], indirect=True)
+@pytest.mark.parametrize("name", SABOTAGES)
+def test_sabotage__a_wrong_way_of_writing_or_reading_is_noticed(
+    checkpoints: Checkpoints, name: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(*SABOTAGES[name])
+    with pytest.raises((AssertionError, IndexError, SafetensorError)):  # a wrong step, a lost dictionary, a torn file
+        test_damaged_files__are_noticed_and_the_checkpoint_before_is_used(checkpoints)
+    key = f"e-sabotaged-{name.replace(' ', '-')}"
+    table.add(key, row(f"sabotage of checkpoints, {name}: noticed", 1, "of 1", "==", 1))
 
 
 def replace(store, place: str, content: bytes) -> None:

@@ -8,9 +8,10 @@ import torch
 from cluster import recipe as recipes
 from cluster.calibrate import measure
 from cluster.end_to_end import Loop
-from cluster.gemma import capture, load
+from cluster.gemma import load
 from cluster.tokens import Span
 from sae import artifact
+from sae.hooks import capture
 from sae.step import TrainingDictionary
 
 SWEEPS = {

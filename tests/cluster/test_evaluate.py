@@ -9,7 +9,7 @@ import torch
 
 from cluster import evaluate, gemma, publish, recipe
 from cluster.calibrate import measure
-from sae import artifact
+from sae import artifact, hooks
 from sae.sites import Site
 from tests.published import make_dictionary
 
@@ -37,7 +37,7 @@ def parts(tiny_recipe: dict, tmp_path: Path):
     np.save(tmp_path / "heldout.npy", tokens.int().numpy())
     model = gemma.load(parsed.model, torch.device("cpu"))
     sites = [site for spec in parsed.specs() for site in spec.sites]
-    scales = measure(tokens != BOS, gemma.capture(model, tokens, sites), 1.1)
+    scales = measure(tokens != BOS, hooks.capture(model, tokens, sites), 1.1)
     folders = publish.folders(parsed, tmp_path / "staging")
     for spec in parsed.specs():
         dictionary = make_dictionary(spec, d=32)
@@ -56,7 +56,7 @@ def test_evaluate__equals_a_direct_computation(ray_session, parts, monkeypatch) 
     results = evaluate.evaluate(parsed, folders, scales, path)
     sites = {site for spec in parsed.specs() for site in spec.sites}
     captured = {
-        site: torch.cat([gemma.capture(model, part, [site])[site] for part in tokens.split(8)]) for site in sites
+        site: torch.cat([hooks.capture(model, part, [site])[site] for part in tokens.split(8)]) for site in sites
     }
     mask = tokens != BOS
     for site, tensor in captured.items():
@@ -102,7 +102,7 @@ def loss_by_hand(model, tokens, mask, rebuilt: dict[Site, torch.Tensor]) -> tupl
                     output[rows] = replacement(output[rows], new.to(output.dtype))
                     return output
 
-                layer = gemma.trunk(model).layers[site.layer]
+                layer = hooks.trunk(model).layers[site.layer]
                 module = layer.post_feedforward_layernorm if site.name == "mlp_out" else layer
                 handles.append(module.register_forward_hook(hook))
             logits = model(input_ids=part).logits[:, :-1].float().flatten(0, 1)

@@ -12,6 +12,7 @@ from cluster import gemma, memory, planner, recipe
 from cluster.errors import UserError
 from cluster.harvest import Harvester
 from cluster.recipe import Model
+from sae import hooks
 from sae.sites import HOOK_POINTS, Site
 from tests.conftest import tiny_config, write_tokenizer
 
@@ -60,7 +61,7 @@ def loaded(request, tiny_gemma: Path, multimodal_gemma: Path) -> torch.nn.Module
 
 def reference(model: torch.nn.Module) -> dict[Site, torch.Tensor]:
     """Each site by its hook string in Gemma Scope 2's config, read off a full forward pass."""
-    layers, captured, handles = gemma.trunk(model).layers, {}, []
+    layers, captured, handles = hooks.trunk(model).layers, {}, []
     for site in SITES:
         place = site.hook_point.removeprefix(f"model.layers.{site.layer}.")
         path, _, end = place.rpartition(".")
@@ -69,7 +70,7 @@ def reference(model: torch.nn.Module) -> dict[Site, torch.Tensor]:
             captured[site] = inputs[0].clone() if end == "input" else output.clone()
 
         handles.append(layers[site.layer].get_submodule(path).register_forward_hook(keep))
-    gemma.trunk(model)(TOKENS)
+    hooks.trunk(model)(TOKENS)
     for handle in handles:
         handle.remove()
     return captured
@@ -77,8 +78,8 @@ def reference(model: torch.nn.Module) -> dict[Site, torch.Tensor]:
 
 @torch.no_grad()
 def test_capture__gives_the_tensors_that_the_hook_strings_name(loaded) -> None:
-    captured, expected = gemma.capture(loaded, TOKENS, SITES), reference(loaded)
-    config = gemma.trunk(loaded).config
+    captured, expected = hooks.capture(loaded, TOKENS, SITES), reference(loaded)
+    config = hooks.trunk(loaded).config
     for site in SITES:
         assert captured[site].shape == (3, 20, gemma.site_width(config, site)), site
         assert torch.equal(captured[site], expected[site]), site
@@ -86,10 +87,10 @@ def test_capture__gives_the_tensors_that_the_hook_strings_name(loaded) -> None:
 
 def test_capture__stops_after_the_last_site(loaded) -> None:
     reached = []
-    handle = gemma.trunk(loaded).layers[3].register_forward_hook(lambda *_: reached.append(3))
-    gemma.capture(loaded, TOKENS, [Site(2, "resid_post")])
+    handle = hooks.trunk(loaded).layers[3].register_forward_hook(lambda *_: reached.append(3))
+    hooks.capture(loaded, TOKENS, [Site(2, "resid_post")])
     assert not reached
-    gemma.capture(loaded, TOKENS, [Site(3, "mlp_out")])
+    hooks.capture(loaded, TOKENS, [Site(3, "mlp_out")])
     handle.remove()
     assert not reached  # the last layer's MLP is needed, its output is not
 
@@ -98,9 +99,9 @@ def test_capture__stops_after_the_last_site(loaded) -> None:
 @pytest.mark.parametrize("site", SITES, ids=lambda site: site.key)
 def test_hooked__a_returned_tensor_takes_the_sites_place(loaded, site: Site) -> None:
     clean = gemma.loss(loaded, TOKENS, REAL)
-    with gemma.hooked(loaded, {site: lambda tensor: tensor.clone()}):
+    with hooks.hooked(loaded, {site: lambda tensor: tensor.clone()}):
         assert gemma.loss(loaded, TOKENS, REAL) == clean
-    with gemma.hooked(loaded, {site: torch.zeros_like}):
+    with hooks.hooked(loaded, {site: torch.zeros_like}):
         assert gemma.loss(loaded, TOKENS, REAL) != clean
     assert gemma.loss(loaded, TOKENS, REAL) == clean  # hooks are gone
 
@@ -122,11 +123,11 @@ def test_parameters__counts_the_text_model(tiny_gemma: Path) -> None:
 def test_load_trunk__gives_the_same_bits_for_equal_text_weights(multimodal_gemma: Path, tmp_path, prefix: str) -> None:
     """Text-only, multimodal as transformers 5 names its weights, and as Google published them."""
     whole = gemma.load(Model(name=str(multimodal_gemma), dtype="float32"), torch.device("cpu"))
-    expected = gemma.capture(whole, TOKENS, SITES)
+    expected = hooks.capture(whole, TOKENS, SITES)
     folder = rename(tmp_path / "renamed", multimodal_gemma, prefix)
     stack = gemma.load_trunk(Model(name=str(folder), dtype="float32"), SITES, torch.device("cpu"))
     assert type(stack) is Gemma3TextModel  # no vision tower
-    found = gemma.capture(stack, TOKENS, SITES)
+    found = hooks.capture(stack, TOKENS, SITES)
     assert list(found) == list(expected)
     for site in SITES:
         assert torch.equal(found[site], expected[site]), site
@@ -139,7 +140,7 @@ def test_harvester__holds_no_parameter_beyond_the_last_site(tiny_recipe: dict, t
     np.save(tmp_path / "tokens.npy", TOKENS.int().numpy())
     planned = planner.lay_out(parsed, config)
     held = dict(Harvester(parsed, planned.sites, {}, tmp_path / "tokens.npy", None).model.model.named_parameters())
-    whole = dict(gemma.trunk(gemma.load(parsed.model, torch.device("cpu"))).named_parameters())
+    whole = dict(hooks.trunk(gemma.load(parsed.model, torch.device("cpu"))).named_parameters())
     assert held.keys() == {name for name in whole if not name.startswith(("layers.3.", "norm."))}
     counted = sum(parameter.numel() for parameter in held.values())
     assert counted == gemma.trunk_parameters(config, planned.sites) < gemma.parameters(config)

@@ -1,10 +1,11 @@
 """The planner: every dictionary lies somewhere, teams are balanced, what does not fit is cut or refused."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
-from cluster import gemma
+from cluster import gemma, session
 from cluster.errors import UserError
 from cluster.layout import Layout, Place
 from cluster.memory import GIB, memory, wire, workers_bytes
@@ -79,9 +80,46 @@ def test_memory__what_cannot_fit_is_refused_with_the_smallest_change(one: dict) 
     enough, workers = float(found[1]), int(found[2])
     assert plan(one, workers=2, memory_gib=enough)
     assert plan(one, workers=workers, memory_gib=0.54)
-    for too_little in ({"workers": 2, "memory_gib": enough - 0.1}, {"workers": workers // 2, "memory_gib": 0.54}):
+    factor, widest = narrowing(refused)
+    assert widest == 65536 // factor
+
+    def narrow(width: int) -> dict:
+        return one | {"sweep": [one["sweep"][0] | {"widths": [width]}]}
+
+    assert plan(narrow(widest), workers=2, memory_gib=0.54)
+    for recipe, too_little in (
+        (one, {"workers": 2, "memory_gib": enough - 0.1}),
+        (one, {"workers": workers // 2, "memory_gib": 0.54}),
+        (narrow(2 * widest), {"workers": 2, "memory_gib": 0.54}),
+    ):
         with pytest.raises(UserError):
-            plan(one, **too_little)
+            plan(recipe, **too_little)
+
+
+def narrowing(refused: pytest.ExceptionInfo) -> tuple[int, int]:
+    """What the refusal tells to do about widths."""
+    found = re.search(r"divide widths by (\d+) \(the widest is then ([\d,]+)\)", str(refused.value))
+    assert found, refused.value
+    return int(found[1]), int(found[2].replace(",", ""))
+
+
+def test_machine__what_it_cannot_hold_is_refused_with_the_widths_that_it_can(one: dict, monkeypatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=6 * GIB))
+
+    def check(width: int) -> None:
+        recipe, layout = plan(one | {"sweep": [one["sweep"][0] | {"widths": [width]}]})
+        session.check_machine(recipe, layout, gemma.text_config(recipe.model))
+
+    with pytest.raises(UserError, match=r"sweep: needs .* this machine has 6.0 GiB free") as refused:
+        check(2**22)
+    factor, widest = narrowing(refused)
+    assert widest == 2**22 // factor
+    check(widest)
+    with pytest.raises(UserError):
+        check(2 * widest)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=GIB))
+    with pytest.raises(UserError, match="no width would fit"):
+        check(64)
 
 
 @pytest.mark.parametrize(
@@ -95,13 +133,6 @@ def test_memory__what_cannot_fit_is_refused_with_the_smallest_change(one: dict) 
 def test_meshes__that_cannot_be_are_refused(one: dict, fit: dict, told: str) -> None:
     with pytest.raises(UserError, match=told):
         plan(one, **fit)
-
-
-def test_resampling__needs_a_dictionary_whole(one: dict) -> None:
-    resampled = one | {"sweep": [one["sweep"][0] | {"options": {"resampling": {}}}]}
-    with pytest.raises(UserError, match=r"resampling.* needs a dictionary whole: at most 1 workers"):
-        plan(resampled, workers=2)
-    assert plan(resampled, workers=1)[1].shards == 1
 
 
 def test_table__says_who_holds_what_and_how_it_is_cut(one: dict) -> None:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster import gemma
 from cluster.memory import memory
@@ -166,3 +167,22 @@ def test_resolved_recipe__parses_to_itself(path: Path | None, tiny_recipe: dict,
 def test_every_site_can_be_named_in_a_recipe(tiny_recipe: dict, site: str) -> None:
     grid = tiny_recipe["sweep"][0] | {"sites": [site]}
     assert {spec.site for spec in parse(tiny_recipe | {"sweep": [grid]}).specs()} == {site}
+
+
+@pytest.mark.parametrize(
+    ("capability", "gpus", "asked", "dtype"),
+    [
+        ("AVX2", 0, {}, "float32"),
+        ("AVX512", 0, {}, "bfloat16"),
+        ("AVX2", 1, {}, "bfloat16"),
+        ("AVX2", 1, {"dtype": "float32"}, "float32"),
+        ("AVX2", 0, {"dtype": "bfloat16"}, "bfloat16"),
+    ],
+)
+def test_dtype__is_by_default_what_the_devices_are_fast_at(
+    monkeypatch, tiny_recipe: dict, capability: str, gpus: int, asked: dict, dtype: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = {"name": tiny_recipe["model"]["name"]} | asked
+    content = tiny_recipe | {"model": model, "harvest": tiny_recipe["harvest"] | {"gpus": gpus}}
+    assert parse(content).model.dtype == dtype

@@ -22,6 +22,7 @@ from cluster.storage import Storage
 from cluster.store import S3Store
 from sae import artifact
 from tests.conftest import free_port
+from tests.s3_proxy import S3Proxy
 from tests.s3_server import KEY, SECRET
 
 
@@ -70,6 +71,18 @@ def test_check__tells_what_is_wrong_in_seconds_and_no_secret(s3, parsed: Recipe,
     assert time.monotonic() - started < 20
     assert SECRET not in str(error.value)
     assert "wrong-secret" not in str(error.value)
+
+
+def test_check__a_server_that_is_unwell_is_no_matter_of_credentials(s3, parsed: Recipe, monkeypatch, s3_server) -> None:
+    proxy = S3Proxy(s3_server.environment["AWS_ENDPOINT_URL"])
+    monkeypatch.setattr(proxy, "fault", lambda method, target: "503")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    try:
+        with pytest.raises(UserError, match=r"^storage: 127.0.0.1:\d+ answers 503 \(.*\): try again when it is well"):
+            storage.check(parsed)
+        assert proxy.happened["503"] == 2
+    finally:
+        proxy.close()
 
 
 def test_check__no_credentials_or_no_bucket(s3, parsed: Recipe, monkeypatch) -> None:

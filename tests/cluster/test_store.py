@@ -13,6 +13,7 @@ from boto3.s3.transfer import TransferConfig
 from cluster import store
 from cluster.store import Exists, FolderStore, Missing, S3Store, Store
 from sae.artifact import MANIFEST, ArtifactError
+from tests.s3_proxy import Faults, S3Proxy
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -43,6 +44,16 @@ def test_files__are_kept_listed_and_deleted_by_name(place: Store, tmp_path: Path
     assert place.names() == ["two/b", "twofold/c"]
     with pytest.raises(Missing):
         place.read("one/a")
+
+
+def test_read_range__gives_what_there_is_of_it(place: Store, tmp_path: Path) -> None:
+    place.put_file("a", written(tmp_path / "a", b"0123456789"))
+    assert place.read_range("a", 2, 5) == b"234"
+    assert place.read_range("a", 8, 99) == b"89"
+    assert place.read_range("a", 10, 99) == b""
+    assert place.read_range("a", 4, 4) == b""
+    with pytest.raises(Missing):
+        place.read_range("b", 0, 1)
 
 
 def test_put_new__of_many_that_try_at_once_one_succeeds(place: Store) -> None:
@@ -122,6 +133,19 @@ def test_s3_put_new__an_attempt_whose_answer_was_lost_has_succeeded(s3) -> None:
     place.put_new("x", b"ours")  # what botocore does by itself when the connection breaks after the write
     with pytest.raises(Exists):
         place.put_new("x", b"theirs")
+
+
+def test_s3_read_range__an_answer_that_breaks_off_is_asked_for_again(s3, s3_server, tmp_path, monkeypatch) -> None:
+    proxy = S3Proxy(s3_server.environment["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    try:
+        place, content = S3Store(f"s3://runs/{uuid.uuid4().hex}"), uuid.uuid4().bytes * 2**12
+        place.put_file("a", written(tmp_path / "a", content))
+        proxy.faults = Faults(("reset within",), share=0.5)
+        assert [place.read_range("a", 5, len(content)) for _ in range(8)] == [content[5:]] * 8
+        assert proxy.happened["reset within"] >= 3
+    finally:
+        proxy.close()
 
 
 @pytest.mark.chaos

@@ -3,17 +3,19 @@
 import hashlib
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import yaml
 
+from cluster import recipe
 from cluster.exchange import exchange
 from cluster.harvest import BLOCK, BLOCK_ROWS, ROW, encode_bf16
 from cluster.layout import Layout
-from cluster.recipe import Stream
 from cluster.stream import Order, WindowReader
 from sae.spec import DictionarySpec, Options, Training
 
@@ -160,20 +162,39 @@ def pairs_of_one_sequence(batches: list[torch.Tensor], context: int) -> float:
     return sum(shares) / len(shares)
 
 
+def mixing(order: Order) -> tuple[float, float]:
+    """The share of pairs of one sequence in the batches of a run, and in those of a full shuffle of its rows."""
+    counts = [order._sequences_in(window) * order.context for window in range(order.windows)]
+    starts = np.cumsum([0, *counts])
+    found = [int(starts[w]) + chosen for w in range(order.windows) for chosen in order.batches(w, counts[w])]
+    everything = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(2))
+    shuffled = list(everything.tensor_split(len(found)))
+    return pairs_of_one_sequence(found, order.context), pairs_of_one_sequence(shuffled, order.context)
+
+
 @pytest.mark.parametrize("windows", [1, 2, 6])
 def test_batches__are_as_mixed_as_their_window_allows(windows: int) -> None:
     """Within a window like a full shuffle of its rows; against one of the whole text as many times worse as there are
-    windows, since a sequence is in one of them: at most twice where there are two."""
-    context, settings = 128, Stream()
-    sequences = windows * settings.window_sequences
-    order = Order(sequences, context, 8, settings.window_sequences, settings.batch_rows, seed=1)
-    rows = settings.window_sequences * context
-    found = [window * rows + chosen for window in range(windows) for chosen in order.batches(window, rows)]
-    alone = pairs_of_one_sequence(found, context)
-    everything = torch.randperm(windows * rows, generator=torch.Generator().manual_seed(2))
-    shuffled = pairs_of_one_sequence(list(everything.split(settings.batch_rows)), context)
+    windows, since a sequence is in one of them."""
+    alone, shuffled = mixing(Order(64 * windows, 128, 8, 64, 1024, seed=1))
     assert alone / shuffled == pytest.approx(windows, rel=0.02)
-    assert alone == pytest.approx((context - 1) / (rows - 1), rel=0.02)
+    assert alone == pytest.approx(127 / (64 * 128 - 1), rel=0.02)
+
+
+def test_default_window__mixes_the_demos_text_half_as_well_as_a_full_shuffle() -> None:
+    demo = yaml.safe_load(Path("jobs/recipes/demo.yaml").read_text())
+    alone, shuffled = mixing(Order.of(recipe.parse(demo | {"stream": {"batch_rows": 512}})))
+    assert alone / shuffled == pytest.approx(2, rel=0.02)
+
+
+def test_default_window__is_bounded_in_rows_and_holds_whole_blocks() -> None:
+    demo = yaml.safe_load(Path("jobs/recipes/demo.yaml").read_text()) | {"stream": {}}
+    windows = {}
+    for tokens in (256, 150_000, 100_000_000):
+        parsed = recipe.parse(demo | {"corpus": demo["corpus"] | {"train_tokens": tokens}})
+        windows[tokens] = parsed.window_sequences
+        assert parsed.window_sequences % parsed.harvest.sequences == 0
+    assert windows == {256: 8, 150_000: 296, 100_000_000: 2**17 // 256}
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

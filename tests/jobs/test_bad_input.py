@@ -86,10 +86,10 @@ CASES = {
     "another text column": ("corpus.text_column", "body", ["corpus.text_column", "body", "text"]),
     "less text than tokens": ("corpus.train_tokens", 10**9, ["corpus.train_tokens", "lower it or add text"]),
     "workers that make no teams": ("fit.shards", 3, ["fit.workers", "cannot be cut", "shards must divide"]),
-    "a worker too small": ("fit.memory_gib", 0.1, ["fit.memory_gib", "raise fit.memory_gib to", "narrower"]),
+    "a worker too small": ("fit.memory_gib", 0.1, ["fit.memory_gib", "raise fit.memory_gib to", "no width would fit"]),
     "a window of broken forward passes": ("stream.window_sequences", 12, ["stream.window_seq", "harvest.sequences"]),
     "a model shared in two ways": ("harvest", {"tensor_parallel": 2, "zero3": 2}, ["harvest.zero3", "leave out"]),
-    "more memory than there is": ("sweep.0.widths", [400_000_000], ["sweep", "GiB", "lower widths"]),
+    "more memory than there is": ("sweep.0.widths", [400_000_000], ["sweep", "GiB", "divide widths by"]),
     "labels on one machine": (
         "harvest.label_selector", {"ray-subcluster": "harvest"}, ["harvest.label_selector", "submit it to a cluster"],
     ),

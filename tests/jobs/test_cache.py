@@ -2,6 +2,7 @@
 loop, which has neither."""
 
 import json
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from cluster import recipe as recipes
+from cluster.store import FolderStore, S3Store, Store
 from cluster.tokens import ASSISTANT
 from sae import artifact
 from tests import flat_loop
@@ -40,30 +42,55 @@ def assert_equals_flat_loop(job: Job, sweep: dict, eligible: np.ndarray | None =
         assert all(map(torch.equal, tensors(expected), tensors(found[id]))), id
 
 
-def test_cache__sweeps_that_write_and_read_it_equal_one_without(small: dict, run_job, tmp_path: Path) -> None:
+@pytest.fixture(params=["folder", "s3"])
+def place(request, tmp_path: Path) -> str:
+    if request.param == "folder":
+        return str(tmp_path / "cache")
+    request.getfixturevalue("s3")
+    return f"s3://runs/{uuid.uuid4().hex}"
+
+
+def written(store: Store) -> dict[str, object]:
+    """When each shard was."""
+    if isinstance(store, FolderStore):
+        return {name: (store.root / name).stat().st_mtime_ns for name in store.names("block-")}
+    pages = store.client.get_paginator("list_objects_v2").paginate(Bucket=store.bucket, Prefix=f"{store.prefix}block-")
+    return {Path(item["Key"]).name: item["LastModified"] for page in pages for item in page["Contents"]}
+
+
+def spoil(store: Store, damaged: str, gone: str, folder: Path) -> None:
+    content = bytearray(store.read(damaged))
+    content[len(content) // 2] ^= 1
+    (folder / "damaged").write_bytes(content)
+    store.put_file(damaged, folder / "damaged")
+    store.delete([gone])
+
+
+def test_cache__sweeps_that_write_and_read_it_equal_one_without(
+    small: dict, run_job, tmp_path: Path, place: str
+) -> None:
     cached = small | {"stream": small["stream"] | {"epochs": 2}}
-    cached["harvest"] = small["harvest"] | {"cache": str(tmp_path / "cache")}
+    cached["harvest"] = small["harvest"] | {"cache": place}
     first = run_job(cached | {"output": str(tmp_path / "first")})
     assert first.wait() == 0, first.text
     assert_equals_flat_loop(first, cached)
-    shards = sorted((tmp_path / "cache").glob("block-*"))
+    store = S3Store(place) if place.startswith("s3") else FolderStore(Path(place))
+    shards = store.names("block-")
     assert len(shards) == 60  # 480 sequences in blocks of 8, once for both epochs
 
     # Another sweep: fewer sites, other dictionaries, two ranks and actors. One shard is damaged, one is gone.
     sweep = [GRID | {"layers": [0, 3], "l0s": [4], "activations": ["batch_topk", "jumprelu"]}]
     other = cached | {"output": str(tmp_path / "second"), "sweep": sweep, "fit": cached["fit"] | {"workers": 2}}
     other["harvest"] = cached["harvest"] | {"actors": 2}
-    content = bytearray(shards[7].read_bytes())
-    content[len(content) // 2] ^= 1
-    shards[7].write_bytes(content)
-    shards[9].unlink()
-    written = {path: path.stat().st_mtime_ns for path in shards if path.exists()}
+    spoil(store, shards[7], shards[9], tmp_path)
+    before = written(store)
     second = run_job(other)
     assert second.wait() == 0, second.text
-    assert "59 blocks of rows are in" in second.text
+    assert f"59 blocks of rows are in {place}" in second.text
     assert_equals_flat_loop(second, other)
     # A block that the model ran for is written, so for the others it did not run.
-    assert {path for path in shards if path.stat().st_mtime_ns != written.get(path)} == {shards[7], shards[9]}
+    after = written(store)
+    assert {name for name in shards if after[name] != before.get(name)} == {shards[7], shards[9]}
 
     refused = run_job(cached | {"output": str(tmp_path / "third"), "corpus": small["corpus"] | {"context": 16}})
     assert refused.wait() == 2

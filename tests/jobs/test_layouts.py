@@ -40,7 +40,7 @@ def test_meshes__a_run_that_goes_from_one_to_the_next_ends_with_the_flat_loops_w
         job = run_job(sweep | {"fit": sweep["fit"] | mesh})
         if stop is not None:
             job.wait_for_step(stop)
-            os.kill(job.process.pid, signal.SIGINT)
+            os.kill(job.process.pid, signal.SIGTERM)
             assert job.wait() == 130, job.text
         else:
             assert job.wait() == 0, job.text

@@ -19,6 +19,7 @@ def published(output: Path) -> dict[str, Path]:
     return {artifact.read(Path(row["path"]))[1]["type"]: Path(row["path"]) for row in summary["dictionaries"]}
 
 
+@pytest.mark.chaos
 def test_sweep__starts_from_what_another_published(tiny_recipe: dict, run_job, tmp_path: Path) -> None:
     common = {"activations": ["jumprelu"], "l0s": [6]}
     matryoshka = {"options": {"matryoshka": {"prefixes": [0.25, 0.5]}}}

@@ -169,6 +169,7 @@ def assert_everything_is_there(job: Job) -> None:
         }
 
 
+@pytest.mark.chaos
 def test_mlflow_goes_away__the_fit_goes_on_and_no_point_is_lost(sweep: dict, run_job, tmp_path: Path) -> None:
     """The server is the command that a sweep prints at its end, on a database of its own."""
     port = free_port()
@@ -221,27 +222,6 @@ def wait_for(url: str) -> None:
         except OSError:
             time.sleep(0.5)
     pytest.fail(f"{url} does not answer")
-
-
-@pytest.mark.chaos
-def test_a_killed_worker__the_job_finishes_by_itself_with_the_same_weights(sweep: dict, run_job, known) -> None:
-    sweep["harvest"] |= {"actors": 2}
-    job = run_job(sweep)
-    groups: list[set[int]] = []
-    for step in (15, 63):
-        job.wait_for_step(step)
-        workers = train_workers(job)
-        groups.append({worker.pid for worker in workers})
-        workers[-1].send_signal(signal.SIGKILL)
-        workers[-1].wait(10)
-        deadline = time.monotonic() + 180
-        while groups[-1] & {worker.pid for worker in train_workers(job)} or not train_workers(job):
-            assert job.process.poll() is None, job.text
-            assert time.monotonic() < deadline, job.text
-            time.sleep(0.1)
-    assert job.wait() == 0, job.text
-    assert len(groups[0] | groups[1]) == 4  # the fault happened twice, and each time the whole group was replaced
-    assert_equals_flat_loop(sweep, job.output, known)
 
 
 @pytest.mark.chaos

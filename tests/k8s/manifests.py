@@ -45,7 +45,10 @@ def clusters(documents: list[Document]) -> dict[str, Document]:
     """The specification of each Ray cluster, by the document that it is in."""
     specs = {name_of(document): document["spec"] for document in of_kind(documents, "RayCluster")}
     jobs = {name_of(document): document["spec"]["rayClusterSpec"] for document in of_kind(documents, "RayJob")}
-    return specs | jobs
+    services = {
+        name_of(document): document["spec"]["rayClusterConfig"] for document in of_kind(documents, "RayService")
+    }
+    return specs | jobs | services
 
 
 class Group(NamedTuple):

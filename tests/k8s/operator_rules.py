@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from tests.k8s.manifests import Document, clusters, groups, name_of, of_kind
 
-NAME_LENGTHS = {"RayCluster": 53, "RayJob": 47}  # names of services and clusters are made from them
+NAME_LENGTHS = {"RayCluster": 53, "RayJob": 47, "RayService": 47}  # names of services and clusters are made from them
 DNS_1035 = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 LABEL_VALUE = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?"
 RESOURCE_PARAMETERS = {"num-cpus", "num-gpus", "memory", "resources"}

@@ -6,6 +6,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+import yaml
+
 from cluster.recipe import Recipe
 from tests.k8s.manifests import ROOT, Document, Group, clusters, groups, name_of, names, of_kind, quantity
 
@@ -61,12 +63,31 @@ def broken(documents: list[Document]) -> Iterator[str]:
     for document in of_kind(documents, "RayJob"):
         yield from (f"{name_of(document)}: {problem}" for problem in _entrypoint(document["spec"]["entrypoint"]))
     pods = ("headGroupSpec", "workerGroupSpecs", "authOptions", "rayVersion")
-    standing, of_job = clusters(documents).values()
+    standing, of_job, *of_services = clusters(documents).values()
     if any(standing[part] != of_job[part] for part in pods):
         yield "the job's cluster is not the standing one"
+    yield from _services(documents)
     pinned = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    if pinned is None or {standing["rayVersion"], of_job["rayVersion"]} != {pinned[1]}:
+    if pinned is None or {spec["rayVersion"] for spec in (standing, of_job, *of_services)} != {pinned[1]}:
         yield "rayVersion is not that of constraints.txt"
+
+
+def _services(documents: list[Document]) -> Iterator[str]:
+    """What differs between a RayService and serve/config.yaml, or has no room."""
+    for document in of_kind(documents, "RayService"):
+        config = yaml.safe_load(document["spec"]["serveConfigV2"])
+        if config != yaml.safe_load((ROOT / "serve" / "config.yaml").read_text()):
+            yield f"{name_of(document)}: serveConfigV2 is not serve/config.yaml"
+            continue
+        (group,) = document["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+        container = group["template"]["spec"]["containers"][0]
+        if "SCOPEWORKS_TOKENS" not in [variable["name"] for variable in container["env"]]:
+            yield f"{name_of(document)}: the ingress would know no token"
+        (application,) = config["applications"]
+        replicas = {one["name"]: one for one in application["deployments"]}["Dictionaries"]
+        room = group["maxReplicas"] * int(container["resources"]["limits"]["cpu"])
+        if room < replicas["autoscaling_config"]["max_replicas"] * replicas["ray_actor_options"]["num_cpus"] + 1:
+            yield f"{name_of(document)}: no room for the most replicas that it may have"
 
 
 def _pod(group: Group, documents: list[Document]) -> Iterator[str]:
@@ -120,7 +141,7 @@ def dockerfile() -> Iterator[str]:
     for source in copied():
         if not (ROOT / source).exists():
             yield f"{source} is not in the repository"
-    for package in PROJECT["tool"]["setuptools"]["packages"]:
+    for package in {name.split(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]}:
         if copied().get(package) != package:
             yield f"the package {package} is not copied"
     if not re.search(rf"-t scopeworks:{re.escape(PROJECT['project']['version'])} ", DOCKERFILE):
@@ -133,7 +154,8 @@ def room(recipe: Recipe, documents: list[Document]) -> Iterator[str]:
         "harvest": (recipe.harvest.label_selector, recipe.harvest.actors, recipe.harvest.cpus, recipe.harvest.gpus),
         "fit": (recipe.fit.label_selector, recipe.fit.workers, recipe.fit.cpus_per_worker, int(recipe.fit.gpu)),
     }
-    for where, spec in clusters(documents).items():
+    sweeps = {where: spec for where, spec in clusters(documents).items() if not where.startswith("RayService")}
+    for where, spec in sweeps.items():
         if spec["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
             yield f"{where}: work may land on the head"
         for stage, (labels, processes, cpus, gpus) in wanted.items():

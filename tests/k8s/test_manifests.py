@@ -18,7 +18,11 @@ RULES = {
     "security": security_rules.broken,
     "reference": reference_rules.broken,
 }
-RECIPES = {"k8s/base": "k8s/recipe.yaml", "k8s/overlays/cpu": "k8s/overlays/cpu/recipe.yaml"}
+RECIPES = {
+    "k8s/base": "k8s/recipe.yaml",
+    "k8s/overlays/cpu": "k8s/overlays/cpu/recipe.yaml",
+    "k8s/overlays/serve": "k8s/recipe.yaml",
+}
 REMOVED = object()
 
 
@@ -142,6 +146,30 @@ def test_sabotage__is_noticed(name: str) -> None:
     document, path, value, rules, part = SABOTAGES[name]
     documents = load("k8s/base")
     changed(documents, document, path, value)
+    problems = list(RULES[rules](documents))
+    assert any(part in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "rules", "part"),
+    [
+        ("spec.serveConfigV2", "applications: []", "reference", "config.yaml"),
+        ("spec.serveConfig", "x", "ray", "serveConfig"),
+        ("spec.rayClusterConfig.workerGroupSpecs.0.maxReplicas", 2, "reference", "no room"),
+        (
+            "spec.rayClusterConfig.workerGroupSpecs.0.template.spec.containers.0.env.3.name",
+            "X",
+            "reference",
+            "no token",
+        ),
+        ("spec.rayClusterConfig.authOptions.mode", "disabled", "security", "token authentication"),
+        ("spec.rayClusterConfig.rayVersion", "2.59.0", "reference", "constraints.txt"),
+        ("metadata.name", "e" * 48, "operator", "too long"),
+    ],
+)
+def test_sabotaged_endpoint__is_noticed(path: str, value: object, rules: str, part: str) -> None:
+    documents = load("k8s/overlays/serve")
+    changed(documents, "RayService/endpoint", path, value)
     problems = list(RULES[rules](documents))
     assert any(part in problem for problem in problems), problems
 

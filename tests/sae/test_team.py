@@ -21,6 +21,7 @@ OPTIONS = {
     "matryoshka": {"matryoshka": {"prefixes": (0.2, 0.5), "sampled": True}},
     "auxk": {"auxk": {"latents": 4}, "dead_after_rows": 200},
     "preactivation": {"preactivation": {"coefficient": 0.5}, "dead_after_rows": 200},
+    "resampling": {"resampling": {"at": (0.3, 0.6)}, "dead_after_rows": 200},
 }
 PENALTIES = {
     "quadratic and frequency": {"jumprelu": {"frequency_coefficient": 3.0, "frequency_limit": 0.1, "bandwidth": 0.1}},
@@ -35,14 +36,25 @@ def train(spec, team: Team, first: int = 0, last: int = 6, state: dict[str, Tens
     dictionary = TrainingDictionary(spec, SITE_WIDTHS, torch.device("cpu"), torch.float64, team)
     if state is not None:
         dictionary.load(state)
-    never_fired = torch.arange(spec.width) % 3 == 0  # held to be dead before each step, so that they are revived
+    hold_dead(dictionary, team.mine(torch.arange(spec.width) % 3 == 0))
     for number in range(first, last):
-        dictionary.idle.rows_F[team.mine(never_fired)] = 10_000
         x, y = (
             rows.double().tensor_split(team.rows.count)[team.rows.index] for rows in make_rows(spec, number, n_rows=97)
         )
         dictionary.step(x, y, progress=(number + 1) / 8)
     return dictionary.state(), dictionary.sums.take()
+
+
+def hold_dead(dictionary: TrainingDictionary, latents_F: Tensor) -> None:
+    """Makes some latents count as dead in each step and after it, so that they are revived."""
+    update = dictionary.idle.update
+
+    def held(*arguments) -> None:
+        update(*arguments)
+        dictionary.idle.rows_F[latents_F] = 10_000
+
+    dictionary.idle.rows_F[latents_F] = 10_000
+    dictionary.idle.update = held
 
 
 def joined(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -125,7 +137,7 @@ def test_start__shards_draw_their_rows_of_the_whole_in_parts(kind: str, monkeypa
         return TrainingDictionary(make_spec(kind), SITE_WIDTHS, torch.device("cpu"), team=team).state()
 
     whole, shards = start(ALONE), joined(on_mesh(2, 1, start)[0])
-    assert all(torch.equal(shards[name], value) for name, value in whole.items())
+    assert all(torch.equal(whole[name], value) for name, value in shards.items())
 
 
 @pytest.mark.parametrize("guess", [-torch.inf, 0.5, 3.0])

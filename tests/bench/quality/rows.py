@@ -17,6 +17,7 @@ from cluster import calibrate, corpus, gemma, packages
 from cluster.harvest import decode_bf16, encode_bf16, harvest_block
 from cluster.recipe import Harvest, Model
 from cluster.tokens import Span
+from sae import hooks
 from sae.sites import Site
 
 MODEL = Model(name="package:gemma-3-270m")
@@ -71,7 +72,7 @@ def build(folder: Path, train_rows: int, heldout_rows: int) -> None:
     sequences = tokenise({"train": train_rows, "heldout": heldout_rows})
     model, bos = gemma.load(MODEL, torch.device("cpu")), gemma.text_config(MODEL).bos_token_id
     sample = torch.from_numpy(sequences["train"][: Harvest().calibration_sequences]).long()
-    calibrated = calibrate.measure(sample != bos, gemma.capture(model, sample, [SITE]), Harvest().outlier_norm)
+    calibrated = calibrate.measure(sample != bos, hooks.capture(model, sample, [SITE]), Harvest().outlier_norm)
     limits = {key: Harvest().outlier_norm * scale.median_norm for key, scale in calibrated.items()}
     train = harvest(model, sequences["train"], limits, train_rows)
     train = train[np.random.default_rng(SHUFFLE_SEED).permutation(len(train))]

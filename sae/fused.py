@@ -1,0 +1,143 @@
+"""The step of TopK and BatchTopK dictionaries of one group: on a GPU nothing is read back by the host, and gradients of
+matrices go straight into Adam, a row at a time, without ever being written.
+
+On a GPU products are of bfloat16 with float32 sums; weights, biases and moments are float32. `sae.objective` has the
+same loss for every kind, activation and option; tests/sae/test_fused.py holds the two equal.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae.activations import THRESHOLD_MEMORY
+from sae.kernels import Kernels
+from sae.kernels.entries import Encoder, Entries, Matrix
+from sae.kernels.rates import ADAM_EPS, adam_rates
+from sae.pairs import Pairs
+from sae.schedule import Now
+from sae.spec import DictionarySpec
+from sae.team import Team
+
+if TYPE_CHECKING:
+    from sae.step import TrainingDictionary
+
+MATRICES = ("w_enc.0", "w_dec.0")
+
+
+def covers(spec: DictionarySpec, team: Team) -> bool:
+    """Whether a dictionary can be stepped here."""
+    options = spec.options
+    one_group = spec.kind in ("sae", "transcoder") or (spec.kind == "crosscoder" and not options.causal)
+    plain = options.matryoshka is None and options.auxk is None and options.preactivation is None
+    return spec.activation in ("topk", "batch_topk") and one_group and plain and team.alone
+
+
+class FusedStep:
+    """The steps of one dictionary, with copies of its matrices in the type of the products.
+
+    All steps use the same tensors, so that they can be recorded.
+    """
+
+    def __init__(self, dictionary: TrainingDictionary, kernels: Kernels, product_type: torch.dtype):
+        self.dictionary, self.kernels, self.product_type = dictionary, kernels, product_type
+        self.by_row = dictionary.spec.activation == "topk"
+        self.parameters, self.betas = dictionary.parameters, dictionary.spec.training.adam_betas
+        self.rates = self.parameters["b_dec"].new_zeros(5)
+        self.rate = self.rates.new_zeros(())
+        columns = zip(dictionary.shape.read_columns, dictionary.shape.write_columns, strict=True)
+        self.skips = [
+            (f"w_skip.{n}", *pair) for n, pair in enumerate(columns) if f"w_skip.{n}" in dictionary.parameters
+        ]
+        moments = {name: self._moments(parameter) for name, parameter in self.parameters.items()}
+        self.w_enc, self.w_dec = (
+            Matrix(self.parameters[name], moments[name], self.parameters[name].to(product_type)) for name in MATRICES
+        )
+        self.versions = self._versions()
+        self.n_rows = 0
+
+    def step(self, x_BD: Tensor, y_BD: Tensor, now: Now) -> tuple[Tensor, Tensor]:
+        """One step of Adam; the error ŷ − y [B, d_out] and the activations [P]."""
+        mine, number = self.dictionary, int(self.dictionary.steps_done) + 1
+        if len(x_BD) != self.n_rows:
+            self._allocate(len(x_BD))
+        if self.versions != self._versions():  # by anyone else, as when latents are resampled
+            for matrix in (self.w_enc, self.w_dec):
+                matrix.copy.copy_(matrix.weights)
+        torch.sub(x_BD, mine.centre(), out=self.centred_BD)
+        torch.sub(self.parameters["b_dec"], y_BD, out=self.error_BD)
+        rates = self.rates.new_tensor(adam_rates(number, now.learning_rate, self.betas), device="cpu")
+        self.rates.copy_(rates.pin_memory() if x_BD.is_cuda else rates, non_blocking=True)
+        self.rate.fill_(now.learning_rate)
+        values_P = self.body(round(now.l0 if self.by_row else now.l0 * len(x_BD)))
+        if number == 1 and not self.by_row and not mine.taken_over:
+            mine.activation.state["threshold"].copy_(self.cut)
+        self.versions = self._versions()
+        return self.error_BD, values_P
+
+    def _body(self, count: int) -> Tensor:
+        """All that is launched between the inputs of a batch, and its error; its activations. [P]"""
+        pairs = self._select(count)
+        entries = Entries(pairs.rows_P, pairs.latents_P, self.n_rows, self.dictionary.shape.width)
+        for name, reads, writes in self.skips:
+            self.error_BD[:, writes] += self.centred_BD[:, reads] @ self.parameters[name].to(self.product_type)
+        self.kernels.rebuild(entries, pairs.values_P, self.w_dec.copy, self.error_BD, 2 / self.n_rows, self.grad_BD)
+        self._learn(entries, pairs.values_P)
+        self.dictionary.idle.update(pairs, self.n_rows)
+        return pairs.values_P
+
+    def _select(self, count: int) -> Pairs:
+        encoder = Encoder([self.w_enc.copy], self.parameters["b_enc"], self.dictionary.shape.groups)
+        pairs = self.kernels.select_topk(self.centred_BD, encoder, count, "row" if self.by_row else "batch")
+        if not self.by_row:
+            enough = len(pairs.values_P) >= count  # else all positive ones are active
+            self.cut = pairs.values_P.min() if enough else pairs.values_P.new_zeros(())
+            self.dictionary.activation.state["threshold"].lerp_(self.cut, 1 - THRESHOLD_MEMORY)
+        return pairs
+
+    def _learn(self, entries: Entries, values_P: Tensor) -> None:
+        by_latent = entries.by_latent
+        grad_values_P = self.kernels.fit_decoder(self.w_dec, entries, values_P, self.grad_BD, self.rates)
+        grad_pre_P = grad_values_P * (values_P > 0)
+        b_enc, b_dec = self.kernels.latent_sums(by_latent, grad_pre_P), self.grad_BD.sum(0, dtype=self.rates.dtype)
+        if self.dictionary.spec.autoencodes:  # b_dec is also what is subtracted from the input
+            b_dec -= b_enc.to(self.product_type) @ self.w_enc.copy
+        skips = {name: self.centred_BD[:, reads].T @ self.grad_BD[:, writes] for name, reads, writes in self.skips}
+        self._step_others({"b_enc": b_enc, "b_dec": b_dec} | skips)
+        self.kernels.fit_rows(self.w_enc, by_latent, grad_pre_P, entries.rows_P, self.centred_BD, self.rates, None)
+
+    def _step_others(self, gradients: dict[str, Tensor]) -> None:
+        """Adam on biases and skips; the number of steps of every parameter."""
+        states = {name: self.dictionary.optimiser.state[self.parameters[name]] for name in self.parameters}
+        torch._foreach_add_([state["step"] for state in states.values()], 1)
+        of = [states[name] for name in gradients]
+        torch._fused_adam_(
+            [self.parameters[name] for name in gradients],
+            [gradient.to(self.rates.dtype) for gradient in gradients.values()],
+            [state["exp_avg"] for state in of],
+            [state["exp_avg_sq"] for state in of],
+            [],
+            [state["step"] for state in of],
+            lr=self.rate, beta1=self.betas[0], beta2=self.betas[1], weight_decay=0, eps=ADAM_EPS,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the dictionary's optimiser, begun here if it has made no step."""
+        state = self.dictionary.optimiser.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def _allocate(self, n_rows: int) -> None:
+        shape = self.dictionary.shape
+        self.n_rows, self.body = n_rows, self.kernels.recorded(self._body)
+        self.centred_BD = self.rates.new_empty(n_rows, shape.d_in, dtype=self.product_type)
+        self.grad_BD = self.rates.new_empty(n_rows, shape.d_out, dtype=self.product_type)
+        self.error_BD = self.rates.new_empty(n_rows, shape.d_out)
+
+    def _versions(self) -> list[int]:
+        return [matrix.weights._version for matrix in (self.w_enc, self.w_dec)]

@@ -1,0 +1,104 @@
+"""The operations that a training step is made of, behind one interface for every device.
+
+Only the encoder product is dense; the rest touches the active pairs. `reference` does all of it by plain dense
+formulas and is what the others are held against.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix
+from sae.pairs import Pairs
+
+Result = TypeVar("Result")
+
+
+class Kernels(ABC):
+    """B rows, D columns, F latents, P active pairs in CSR order, G rows or segments of rows.
+
+    Products are accumulated in float32 at least, and the same call on the same machine and number of threads gives the
+    same bits. Pairs of value 0 may be among the others, so that P is known without a host read.
+    """
+
+    @abstractmethod
+    def select_topk(
+        self, x_BD: Tensor, encoder: Encoder, count: int, per: Literal["row", "batch"], pre_BF: Tensor | None = None
+    ) -> Pairs:
+        """The pairs with the `count` largest pre-activations of each row, or of the batch, that are positive.
+
+        Of those equal to the smallest, a row keeps as many as fit (which, is free), a batch those or all. All
+        pre-activations are left in `pre_BF`, if given.
+        """
+
+    @abstractmethod
+    def select_threshold(
+        self, x_BD: Tensor, encoder: Encoder, threshold_F: Tensor, pre_BF: Tensor | None = None
+    ) -> Pairs:
+        """The pairs whose pre-activation is above their latent's threshold. [F], or 0-d: one for all."""
+
+    @abstractmethod
+    def decode(self, entries: Entries, values_P: Tensor, w_FD: Tensor) -> Tensor:
+        """Σ values[p]·w[latent of p] over each row's pairs. [G, D]"""
+
+    def rebuild(
+        self, entries: Entries, values_P: Tensor, w_FD: Tensor, rest_GD: Tensor, scale: float, grad_GD: Tensor
+    ) -> None:
+        """Adds what `decode` gives to `rest_GD`, and puts `scale` times the sum in `grad_GD`, of any type."""
+        rest_GD += self.decode(entries, values_P, w_FD)
+        torch.mul(rest_GD, scale, out=grad_GD)
+
+    @abstractmethod
+    def value_gradients(self, entries: Entries, grad_GD: Tensor, w_FD: Tensor) -> Tensor:
+        """grad[row of p]·w[latent of p]. [P]"""
+
+    @abstractmethod
+    def table_gradient(self, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor) -> Tensor:
+        """Σ weights[p]·table[rows[p]] over each latent's pairs, which is 0 for one that has none. [F, D]
+
+        The gradient of W_dec from activations and errors, that of W_enc from pre-activations' gradients and inputs.
+        """
+
+    @abstractmethod
+    def fit_rows(
+        self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor,
+        along_F: Tensor | None,
+    ) -> None:  # fmt: skip
+        """A step of Adam with the gradient that `table_gradient` gives, which need not be written.
+
+        `rates` are `adam_rates`, on the device. If `along_F` is given, gradient · row of each, the gradient's part
+        along a row is left out and rows have norm 1 after the step.
+        """
+
+    def fit_decoder(self, matrix: Matrix, entries: Entries, values_P: Tensor, grad_GD: Tensor, rates: Tensor) -> Tensor:
+        """`value_gradients`, and `fit_rows` of the decoder: both need the same rows of `grad_GD`. [P]"""
+        grad_values_P = self.value_gradients(entries, grad_GD, matrix.copy)
+        along_F = self.latent_sums(entries.by_latent, values_P * grad_values_P)
+        self.fit_rows(matrix, entries.by_latent, values_P, entries.rows_P, grad_GD, rates, along_F)
+        return grad_values_P
+
+    @abstractmethod
+    def latent_sums(self, by_latent: ByLatent, weights_P: Tensor) -> Tensor:
+        """Σ weights[p] over each latent's pairs. [F]"""
+
+    def recorded(self, function: Callable[[int], Result]) -> Callable[[int], Result]:
+        """The function, which reads nothing back and uses the same tensors each time, perhaps launched at once."""
+        return function
+
+
+def for_device(device: torch.device) -> Kernels:
+    """The fastest that there is for a device."""
+    if device.type == "cuda":
+        from sae.kernels.gpu import Gpu  # Triton comes with torch's CUDA build alone
+
+        return Gpu()
+    if device.type == "cpu":
+        from sae.kernels.cpu import Cpu  # with a GPU, numba is not needed
+
+        return Cpu()
+    from sae.kernels.reference import Reference
+
+    return Reference()

@@ -1,0 +1,211 @@
+"""What a dictionary makes of posted rows and features, of several requests at once.
+
+Rows of all requests are encoded together, a tile at a time; a row's bits do not depend on its company (`sae.rows`).
+B rows, F latents, P active pairs; features are sparse, by row.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.dictionary import Dictionary
+from serve.problems import Problem
+
+Operation = Literal["encode", "decode", "reconstruct", "describe"]
+TILE = 2**23  # latents of rows that are dense in memory at once; 32 MiB
+
+
+class Features(NamedTuple):
+    """Active latents of some rows."""
+
+    offsets: np.ndarray
+    """int64 [B + 1]"""
+    indices: np.ndarray
+    """int32 [P]"""
+    values: np.ndarray
+    """float32 [P]"""
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.offsets) - 1
+
+
+class Selection(NamedTuple):
+    """Which active latents a request wants."""
+
+    top_k: int | None = None
+    threshold: float = 0.0
+    """Latents above it."""
+    only: tuple[int, ...] = ()
+    """Latents by number, ascending; all if empty."""
+    limit: int = 2**22
+    """Pairs, beyond which the request is refused."""
+
+
+class Rebuilt(NamedTuple):
+    """Rows of the sites that are written."""
+
+    y: np.ndarray
+    """float32 [B, d_out]"""
+    fvu: np.ndarray | None = None
+    """float32 [B]: a row's squared error over its squared distance to b_dec, averaged over sites; NaN for 0/0."""
+
+
+class Described(NamedTuple):
+    """One latent."""
+
+    threshold: float
+    bias: float
+    norms: list[float | None]
+    """Of its decoder row, by site; None for one that it does not write."""
+
+
+class Work(NamedTuple):
+    """The numbers of one request."""
+
+    operation: Operation
+    n_rows: int
+    x: np.ndarray | None = None
+    """float32 [B, d_in]"""
+    y: np.ndarray | None = None
+    """float32 [B, d_out], what is to be rebuilt."""
+    features: Features | None = None
+    selection: Selection = Selection()
+
+
+Answer = Features | Rebuilt | Described | Problem
+
+
+class Engine(Protocol):
+    """Where dictionaries are held."""
+
+    async def run(self, digest: str, work: Work) -> Answer:
+        """Problem, raised or returned, if it cannot."""
+
+    async def ready(self) -> bool: ...
+
+
+def compute(dictionary: Dictionary, works: list[Work]) -> list[Answer]:
+    """Of each its answer, or why there is none."""
+    with torch.inference_mode():
+        parts: list[list[Answer]] = [[] for _ in works]
+        encoded = [n for n, work in enumerate(works) if work.operation in ("encode", "reconstruct")]
+        for n, at, f_BF in _encoded(dictionary, [(n, _rows(works[n].x)) for n in encoded]):
+            parts[n].append(_part(dictionary, works[n], at, f_BF))
+        for n, work in enumerate(works):
+            if work.operation == "decode":
+                parts[n] = [_rebuilt(dictionary, work, at, f_BF) for at, f_BF in _dense(dictionary, work)]
+            elif work.operation == "describe":
+                parts[n] = [_described(dictionary, *work.selection.only)]
+        return [_joined(part, works[n].selection.limit) for n, part in enumerate(parts)]
+
+
+def tile_rows(dictionary: Dictionary) -> int:
+    return max(2, TILE // dictionary.shape.width)
+
+
+def _encoded(dictionary: Dictionary, posted: list[tuple[int, Tensor]]) -> Iterator[tuple[int, slice, Tensor]]:
+    """(request, its rows, their latents) for all rows, tile by tile."""
+    if not posted:
+        return
+    together = torch.cat([x for _, x in posted]) if len(posted) > 1 else posted[0][1]
+    size = tile_rows(dictionary)
+    for first in range(0, len(together), size):
+        f_BF = dictionary.encode(together[first : first + size])
+        start = 0
+        for n, x in posted:
+            low, high = max(start, first), min(start + len(x), first + len(f_BF))
+            if low < high:
+                yield n, slice(low - start, high - start), f_BF[low - first : high - first]
+            start += len(x)
+
+
+def _dense(dictionary: Dictionary, work: Work) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, latents) of posted features, tile by tile."""
+    assert work.features is not None
+    offsets, indices, values = work.features
+    size = tile_rows(dictionary)
+    for first in range(0, work.n_rows, size):
+        last = min(first + size, work.n_rows)
+        pairs = slice(offsets[first], offsets[last])
+        rows = np.repeat(np.arange(last - first), np.diff(offsets[first : last + 1]))
+        f_BF = torch.zeros(last - first, dictionary.shape.width)
+        f_BF[torch.from_numpy(rows), _tensor(indices[pairs]).long()] = _tensor(values[pairs])
+        yield slice(first, last), f_BF
+
+
+def _part(dictionary: Dictionary, work: Work, at: slice, f_BF: Tensor) -> Answer:
+    return select(f_BF, work.selection) if work.operation == "encode" else _rebuilt(dictionary, work, at, f_BF)
+
+
+def _rebuilt(dictionary: Dictionary, work: Work, at: slice, f_BF: Tensor) -> Rebuilt:
+    y_BD = dictionary.decode(f_BF, None if work.x is None else _rows(work.x[at]))
+    return Rebuilt(y_BD.numpy(), None if work.y is None else _fvu(dictionary, work.y[at], y_BD.numpy()))
+
+
+def _described(dictionary: Dictionary, latent: int) -> Described:
+    norms = [None if row_D is None else float(row_D.norm()) for row_D in dictionary.decoder_rows(latent)]
+    return Described(float(dictionary.threshold_F[latent]), float(dictionary.b_enc_F[latent]), norms)
+
+
+def _fvu(dictionary: Dictionary, y_BD: np.ndarray, rebuilt_BD: np.ndarray) -> np.ndarray:
+    error_BD = (y_BD.astype(np.float64) - rebuilt_BD) ** 2
+    spread_BD = (y_BD.astype(np.float64) - dictionary.b_dec_D.numpy()) ** 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = [error_BD[:, part].sum(1) / spread_BD[:, part].sum(1) for part in dictionary.shape.write_columns]
+    return np.mean(ratios, axis=0).astype(np.float32)
+
+
+def select(f_BF: Tensor, selection: Selection) -> Features | Problem:
+    """The pairs that are wanted of some rows' latents."""
+    if selection.only:
+        chosen = torch.tensor(selection.only)
+        f_BF = f_BF[:, chosen]
+    mask_BF = f_BF > selection.threshold
+    if selection.top_k is not None and selection.top_k < f_BF.shape[1]:
+        largest = f_BF.topk(selection.top_k, dim=1, sorted=False).indices
+        mask_BF &= torch.zeros_like(mask_BF).scatter_(1, largest, True)
+    if mask_BF.sum() > selection.limit:
+        return _too_many(selection.limit)
+    rows_P, latents_P = mask_BF.nonzero(as_tuple=True)
+    values_P = f_BF[rows_P, latents_P]
+    if selection.only:
+        latents_P = chosen[latents_P]
+    offsets = torch.searchsorted(rows_P.contiguous(), torch.arange(len(f_BF) + 1))
+    return Features(offsets.numpy(), latents_P.int().numpy(), values_P.numpy())
+
+
+def _too_many(limit: int) -> Problem:
+    return Problem(413, f"an answer has at most {limit} features: set top_k or threshold, or send fewer rows")
+
+
+def _joined(parts: list[Answer], limit: int) -> Answer:
+    """The answer to one request, from those to its rows in several tiles."""
+    for part in parts:
+        if isinstance(part, Problem):
+            return part
+    if isinstance(parts[0], Described):
+        return parts[0]
+    rebuilt = [part for part in parts if isinstance(part, Rebuilt)]
+    if rebuilt:
+        fvus = [part.fvu for part in rebuilt if part.fvu is not None]
+        return Rebuilt(np.concatenate([part.y for part in rebuilt]), np.concatenate(fvus) if fvus else None)
+    features = [part for part in parts if isinstance(part, Features)]
+    counts = np.concatenate([np.diff(part.offsets) for part in features])
+    if counts.sum() > limit:
+        return _too_many(limit)
+    indices, values = (np.concatenate(arrays) for arrays in list(zip(*features, strict=True))[1:])
+    return Features(np.concatenate([[0], counts.cumsum()]), indices, values)
+
+
+def _rows(x: np.ndarray | None) -> Tensor:
+    assert x is not None
+    return _tensor(x)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """Arrays that another process sent are read-only, and nothing here writes to them."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -1,0 +1,53 @@
+"""How much one request and all of them together may ask for."""
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from serve.problems import Problem
+
+T = TypeVar("T")
+
+
+class Limits(BaseModel):
+    """Of one ingress replica. A full house holds about `concurrent` × `body_bytes` in bodies."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    body_bytes: PositiveInt = 2**24
+    """Of a request's body, after it is decompressed too."""
+    body_seconds: PositiveFloat = 20.0
+    """Until the whole body is there."""
+    idle_seconds: PositiveFloat = 5.0
+    """Between two parts of it."""
+    json_depth: PositiveInt = 8
+    rows: PositiveInt = 4096
+    """Of a request; each with all the columns of its dictionary."""
+    numbers: PositiveInt = 2**22
+    """Active (row, latent) pairs of an answer, or posted; and columns of all rows of an answer."""
+    named_features: PositiveInt = 1024
+    """Latents that a request may choose by number: they stand in its URL."""
+    text_tokens: PositiveInt = 1024
+    """Of a text or conversation."""
+    text_dictionaries: PositiveInt = 32
+    """That read one text."""
+    new_tokens: PositiveInt = 256
+    """Of an answer."""
+    changes: PositiveInt = 32
+    """Latents that are changed in one answer."""
+    concurrent: PositiveInt = 16
+    """Requests in the house. The next is refused at once: a longer queue only makes all that wait in it late."""
+    answer_seconds: PositiveFloat = Field(30.0)
+    """Until a replica has answered."""
+    retry_seconds: PositiveInt = 1
+    """What a refused request is told to wait."""
+
+
+async def in_time(answer: Awaitable[T], limits: Limits) -> T:
+    """Problem if no replica gives it before the request has waited long enough."""
+    try:
+        return await asyncio.wait_for(answer, limits.answer_seconds)
+    except TimeoutError:
+        raise Problem(503, "no replica answered in time", retry_after=limits.retry_seconds) from None

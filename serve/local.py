@@ -1,0 +1,44 @@
+"""Computes in this process: what a replica does, and what an application without Ray runs on."""
+
+import asyncio
+
+from sae import artifact
+from sae.artifact import ArtifactError
+from sae.dictionary import Dictionary
+from serve.catalog import Catalog
+from serve.compute import Answer, Work, compute
+from serve.problems import Problem
+from serve.shelf import Shelf
+
+GONE = "this dictionary is not available any more: GET /v1/dictionaries lists those that are"
+
+
+class Local:
+    """The dictionaries of a catalog."""
+
+    def __init__(self, catalog: Catalog, capacity_bytes: int, *, packed: bool = True):
+        self.catalog, self.shelf, self.packed = catalog, Shelf(capacity_bytes, self._load), packed
+
+    async def run(self, digest: str, work: Work) -> Answer:
+        dictionary = await self.dictionary(digest)
+        (answer,) = await asyncio.to_thread(compute, dictionary, [work])
+        return answer
+
+    async def ready(self) -> bool:
+        return True
+
+    async def dictionary(self, digest: str) -> Dictionary:
+        try:
+            return await self.shelf.get(digest)
+        except (ArtifactError, LookupError, OSError):
+            raise Problem(409, GONE) from None  # anew: one that is kept collects the frames of every raise
+
+    def _load(self, digest: str) -> Dictionary:
+        """Only what has the digest that was asked for is used, whatever became of the folder meanwhile."""
+        if digest not in self.catalog.folders:
+            self.catalog.refresh()
+        folder = self.catalog.folders[digest]
+        dictionary, _ = artifact.read(folder)
+        if artifact.sha256(folder / artifact.MANIFEST) != digest:
+            raise LookupError(digest)
+        return dictionary.packed() if self.packed else dictionary

@@ -1,0 +1,91 @@
+"""One peer's own loop on the rows, in the peers' environment: prints the milliseconds of its last steps as JSON.
+
+python peers.py '{"peer": …, "activation": …, "best": …, "rows": …, "columns": …, "width": …, "k": …, "threads": …, …}'
+Best settings are those that reference tables of these packages name: bf16 autocast where there is one.
+"""
+
+import json
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+
+import torch
+from rows import CLOCKS, Timed, batches
+
+RATE = 1e-3
+
+
+def saelens(job: dict[str, Any], stream: Timed) -> None:
+    import sae_lens
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+
+    name = {"batch_topk": "BatchTopK", "topk": "TopK", "jumprelu": "JumpReLU"}[job["activation"]]
+    own = {"l0_coefficient": 0.05} if job["activation"] == "jumprelu" else {"k": job["k"]}
+    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=job["columns"], d_sae=job["width"], **own)
+    training = SAETrainerConfig(
+        total_training_samples=job["steps"] * job["rows"],
+        train_batch_size_samples=job["rows"],
+        lr=RATE,
+        lr_end=RATE,  # asserted to be there
+        feature_sampling_window=10 * job["steps"],  # at each boundary it makes a histogram for wandb
+        autocast=job["best"],
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    sae = getattr(sae_lens, f"{name}TrainingSAE")(config)
+    sae_lens.SAETrainer(cfg=training, sae=sae, data_provider=stream).fit()
+
+
+def dictionary_learning(job: dict[str, Any], stream: Timed) -> None:
+    sys.modules["nnsight"] = types.ModuleType("nnsight")  # imported, and used by nothing here
+    sys.modules["nnsight"].LanguageModel = object
+    from dictionary_learning import training
+    from dictionary_learning.trainers import batch_top_k, top_k
+
+    trainer, made = {
+        "topk": (top_k.TopKTrainer, top_k.AutoEncoderTopK),
+        "batch_topk": (batch_top_k.BatchTopKTrainer, batch_top_k.BatchTopKSAE),
+    }[job["activation"]]
+    config = {
+        "trainer": trainer, "dict_class": made, "activation_dim": job["columns"], "dict_size": job["width"],
+        "k": job["k"], "steps": job["steps"], "layer": 0, "lm_name": "rows", "lr": RATE, "warmup_steps": 1,
+        "device": "cpu",
+    }  # fmt: skip
+    narrow = {"autocast_dtype": torch.bfloat16} if job["best"] else {}
+    training.trainSAE(data=stream, trainer_configs=[config], steps=job["steps"], device="cpu", **narrow)
+
+
+def sparsify(job: dict[str, Any], stream: Timed) -> None:
+    """Its trainer takes no rows: what that does around a step stands here."""
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    coder = SparseCoder(job["columns"], SparseCoderConfig(num_latents=job["width"], k=job["k"]), "cpu")
+    optimiser = torch.optim.Adam(coder.parameters(), lr=RATE)
+    for _ in range(job["steps"]):
+        x_BD = next(stream)
+        coder.set_decoder_norm_to_unit_norm()
+        with torch.autocast("cpu", torch.bfloat16, enabled=job["best"]):
+            loss = coder(x_BD).fvu
+        loss.item()
+        loss.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+PEERS: dict[str, Callable[[dict[str, Any], Timed], None]] = {
+    "saelens": saelens,
+    "dictionary_learning": dictionary_learning,
+    "sparsify": sparsify,
+}
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(job["threads"])
+    stream = Timed(batches(job["rows"], job["columns"], job["k"]), CLOCKS[job["clock"]])
+    PEERS[job["peer"]](job, stream)
+    next(stream)  # when the last step ended
+    print(json.dumps(stream.milliseconds(job["timed"])))

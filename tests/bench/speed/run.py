@@ -1,0 +1,134 @@
+"""What a training step costs beside its floor and beside other trainers: python tests/bench/speed/run.py
+
+Prints one table, writes reports/bench.json and tests/bench/results/<date>.json, and exits 1 if a target is missed. With
+--check it fails only where a ratio falls behind `accepted.json` by more than its tolerance and the run's own noise.
+Every process is timed alone, ours and the floor in turn; --clock cpu counts CPU seconds, for machines that are shared.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.report import Row, row, write  # noqa: E402
+
+ACCEPTED = HERE / "accepted.json"
+COLUMNS = 640  # of Gemma 3 270M
+ROWS = (2048, 4096)
+WIDTHS = (16384, 65536)
+TO_FLOOR = {"topk": 2.0, "batch_topk": 2.0, "jumprelu": 2.5}
+BESIDE = [  # peer, activation, at its best setting, how many times ours its step should take
+    ("saelens", "batch_topk", False, 20),
+    ("saelens", "jumprelu", False, 15),
+    ("dictionary_learning", "topk", False, 15),
+    ("sparsify", "topk", False, 5),
+    ("saelens", "batch_topk", True, 3),
+    ("dictionary_learning", "topk", True, 3),
+    ("sparsify", "topk", True, 3),
+]
+
+
+def run(python: str, script: str, job: dict[str, Any]) -> Any:
+    """The JSON that a script prints last."""
+    threads = str(job["threads"])
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [python, str(HERE / script), json.dumps(job)], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def beside_floor(job: dict[str, Any]) -> tuple[list[Row], dict[str, list[float]]]:
+    """Each activation's step over the floor."""
+    taken = run(sys.executable, "ours.py", job)
+    products = [statistics.median(taken[name]) for name in taken if name.startswith("product")]
+    floor = min(products) + statistics.median(taken["adam"])
+    where = f"F {job['width']} B {job['rows']}"
+    rows = [row(f"{where} floor", floor, "ms", ">=", 0)]
+    for activation in job["activations"]:
+        ratio = statistics.median(taken[activation]) / floor
+        rows.append(row(f"{where} {activation} / floor", ratio, "times", "<=", TO_FLOOR[activation]))
+    return rows, taken
+
+
+def beside_peers(job: dict[str, Any], taken: dict[str, list[float]], python: str) -> list[Row]:
+    """Each peer's step over ours of the same activation."""
+    rows = []
+    for peer, activation, best, target in BESIDE:
+        if activation not in job["activations"]:
+            continue
+        theirs = run(python, "peers.py", job | {"peer": peer, "activation": activation, "best": best})
+        ratio = statistics.median(theirs) / statistics.median(taken[activation])
+        name = f"F {job['width']} B {job['rows']} {peer} {activation}{' bf16' if best else ''} / ours"
+        rows.append(row(name, ratio, "times", ">=", target))
+    return rows
+
+
+def noise(taken: dict[str, list[float]]) -> float:
+    """The widest interquartile range of a part, over its median."""
+    ranges = []
+    for times in taken.values():
+        low, middle, high = statistics.quantiles(times, n=4)
+        ranges.append((high - low) / middle)
+    return max(ranges)
+
+
+def behind(rows: list[Row], wavering: float) -> list[str]:
+    """Ratios to the floor that fell behind what was accepted."""
+    accepted = json.loads(ACCEPTED.read_text())
+    allowed = 1 + max(accepted["tolerance"], wavering)
+    found = {one["name"]: one["value"] for one in rows}
+    return [
+        f"{name}: {found[name]:.2f}, accepted {ratio:.2f}, tolerated {ratio * allowed:.2f}"
+        for name, ratio in accepted["ratios"].items()
+        if name in found and found[name] > ratio * allowed
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--activations", nargs="+", default=list(TO_FLOOR), choices=list(TO_FLOOR))
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--timed", type=int, default=7, help="steps of which the median is taken")
+    parser.add_argument("--warmup", type=int, default=20, help="steps before")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--peers", help="Python of the peers' environment; without it they are left out")
+    parser.add_argument("--check", action="store_true")
+    chosen = parser.parse_args()
+    rows, wavering = [], 0.0
+    for width in chosen.widths:
+        for n_rows in chosen.rows:
+            job = {"columns": COLUMNS, "width": width, "rows": n_rows, "steps": chosen.timed + 3} | {
+                name: getattr(chosen, name) for name in ("k", "activations", "threads", "timed", "warmup", "clock")
+            }
+            found, taken = beside_floor(job)
+            rows += found
+            wavering = max(wavering, noise(taken))
+            if chosen.peers:
+                rows += beside_peers(job, taken, chosen.peers)
+    met = write("bench", rows, noise=wavering, arguments=vars(chosen))
+    if chosen.check:
+        fallen = behind(rows, wavering)
+        print("\n".join(fallen) or "no ratio fell behind")
+        return bool(fallen)
+    results = HERE.parent / "results"
+    results.mkdir(exist_ok=True)
+    report = (ROOT / "reports" / "bench.json").read_text()
+    (results / f"{datetime.date.today().isoformat()}.json").write_text(report)
+    return not met
+
+
+if __name__ == "__main__":
+    sys.exit(main())

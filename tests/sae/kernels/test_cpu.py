@@ -1,0 +1,124 @@
+"""The CPU's kernels against the dense reference: shapes, K up to F, ties, rows of zeros, types, threads, strides."""
+
+import pytest
+import torch
+
+from sae.kernels import cpu
+from sae.kernels.cpu import Cpu
+from sae.kernels.entries import Entries
+from sae.kernels.rates import adam_rates
+from sae.kernels.reference import Reference
+from sae.pairs import Pairs
+from tests.sae.kernels.cases import Case, entries_of, make_case, matrix_of, spread
+
+REFERENCE, CPU = Reference(), Cpu()
+CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}
+SHAPES = [(1, 3, 1), (3, 5, 2), (20, 7, 24), (65, 33, 130), (40, 16, 300), (129, 64, 515)]  # B, D, F
+
+
+@pytest.fixture(params=[1, 3], ids=lambda n: f"{n} threads", autouse=True)
+def threads(request, monkeypatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)  # over so many the loops are cut
+    monkeypatch.setattr(cpu, "PART_BYTES", 4096)
+    monkeypatch.setattr(cpu, "LEAST_ROWS", 3)
+
+
+def assert_same(found: Pairs, expected: Pairs, case: Case) -> None:
+    width = case.encoder.width
+    assert ((found.rows_P * width + found.latents_P).diff() > 0).all()
+    assert torch.equal(found.rows_P, expected.rows_P)
+    torch.testing.assert_close(
+        spread(found, case).sort(dim=1).values, spread(expected, case).sort(dim=1).values, **CLOSE[case.x_BD.dtype]
+    )  # of equal values, either
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n_rows", "columns", "width"), SHAPES)
+def test_select__of_rows_batch_and_thresholds(n_rows: int, columns: int, width: int, dtype: torch.dtype) -> None:
+    for seed, n_groups in enumerate({1, 2 - width % 2}):
+        case = make_case(n_rows, columns, width, seed, n_groups, dtype)
+        pre_BF = torch.empty(n_rows, width, dtype=dtype)
+        arguments = case.x_BD, case.encoder
+        everything = REFERENCE.select_threshold(*arguments, torch.tensor(-torch.inf), pre_BF)
+        for k in {1, min(3, width), width // 2 or 1, width}:
+            assert_same(CPU.select_topk(*arguments, k, "row"), REFERENCE.select_topk(*arguments, k, "row"), case)
+        for count in {1, n_rows, 2 * n_rows, n_rows * width}:
+            expected = REFERENCE.select_topk(*arguments, count, "batch")
+            for CPU.cut in (0.0, 0.3, 100.0):  # of the batch before
+                assert_same(CPU.select_topk(*arguments, count, "batch"), expected, case)
+        threshold_F = torch.linspace(-1, 2, width, dtype=dtype)
+        found_BF = torch.empty_like(pre_BF)
+        found = CPU.select_threshold(*arguments, threshold_F, found_BF)
+        assert_same(found, REFERENCE.select_threshold(*arguments, threshold_F), case)
+        torch.testing.assert_close(found_BF, pre_BF, **CLOSE[dtype])
+        torch.testing.assert_close(spread(CPU.select_threshold(*arguments, torch.tensor(-torch.inf)), case), pre_BF)
+        assert len(everything.rows_P) == n_rows * width
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n_rows", "columns", "width"), SHAPES)
+def test_products__equal_dense_ones(n_rows: int, columns: int, width: int, dtype: torch.dtype) -> None:
+    case = make_case(n_rows, columns, width, dtype=dtype)
+    strided_BD = torch.stack([case.error_BD, case.x_BD], dim=2)[..., 0]
+    for k in {1, 5, width}:
+        pairs = REFERENCE.select_topk(case.x_BD, case.encoder, min(k, width), "row")
+        entries, weights_P = entries_of(pairs, case), torch.stack([pairs.values_P] * 2, dim=1)[:, 1]
+        for found, expected in (
+            (CPU.decode(entries, weights_P, case.w_dec_FD), REFERENCE.decode(entries, pairs.values_P, case.w_dec_FD)),
+            (
+                CPU.value_gradients(entries, strided_BD, case.w_dec_FD),
+                REFERENCE.value_gradients(entries, case.error_BD, case.w_dec_FD),
+            ),
+            (
+                CPU.table_gradient(entries.by_latent, weights_P, pairs.rows_P, strided_BD),
+                REFERENCE.table_gradient(entries.by_latent, pairs.values_P, pairs.rows_P, case.error_BD),
+            ),
+            (
+                CPU.latent_sums(entries.by_latent, weights_P),
+                REFERENCE.latent_sums(entries.by_latent, pairs.values_P),
+            ),
+        ):
+            rounding = CLOSE[dtype]["rtol"] * expected.abs().max().item() if len(expected) else 0.0
+            torch.testing.assert_close(found, expected, rtol=CLOSE[dtype]["rtol"], atol=rounding)
+
+
+def test_products__of_no_pairs_are_zero() -> None:
+    none = torch.empty(0, dtype=torch.int64)
+    entries, table = Entries(none, none, 4, 6), torch.randn(6, 5)
+    assert not CPU.decode(entries, torch.empty(0), table).any()
+    assert CPU.value_gradients(entries, torch.randn(4, 5), table).shape == (0,)
+    assert not CPU.table_gradient(entries.by_latent, torch.empty(0), none, table).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_ten_steps_of_adam__equal_the_references(unit_rows: bool, dtype: torch.dtype) -> None:
+    case = make_case(20, 37, 24, seed=4, dtype=dtype)
+    pairs = REFERENCE.select_topk(case.x_BD, case.encoder, 5, "row")
+    by_latent = entries_of(pairs, case).by_latent
+    start = torch.nn.functional.normalize(case.w_dec_FD)
+    matrices = [matrix_of(start) for _ in range(2)]
+    for step in range(1, 11):
+        table_GD = torch.randn(case.error_BD.shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+        rates = torch.tensor(adam_rates(step, 0.01, (0.9, 0.999)), dtype=dtype)
+        gradient = REFERENCE.table_gradient(by_latent, pairs.values_P, pairs.rows_P, table_GD)
+        for kernels, matrix in zip((REFERENCE, CPU), matrices, strict=True):
+            along_F = (gradient * matrix.weights).sum(1) if unit_rows else None
+            kernels.fit_rows(matrix, by_latent, pairs.values_P, pairs.rows_P, table_GD, rates, along_F)
+    expected, found = matrices
+    torch.testing.assert_close(found.weights, expected.weights, **CLOSE[dtype])
+    assert (found.weights - start).abs().max() > 0.01
+    for mine, theirs in zip(found.moments, expected.moments, strict=True):
+        torch.testing.assert_close(mine, theirs, **CLOSE[dtype])
+    assert torch.equal(found.copy, found.weights.bfloat16())
+
+
+def test_products_in_bf16__select_by_narrow_products_and_keep_wide_values() -> None:
+    case = make_case(65, 33, 130)
+    narrow = case.encoder._replace(weights=[w_FD.bfloat16() for w_FD in case.encoder.weights])
+    found, pre_BF = CPU.select_topk(case.x_BD, narrow, 6, "row"), torch.empty(65, 130)
+    REFERENCE.select_threshold(case.x_BD, case.encoder, torch.tensor(0.0), pre_BF)
+    assert found.values_P.dtype == torch.float32
+    torch.testing.assert_close(found.values_P, pre_BF[found.rows_P, found.latents_P], rtol=0.02, atol=0.1)
+    assert not torch.equal(found.values_P, pre_BF[found.rows_P, found.latents_P])

@@ -1,0 +1,69 @@
+"""The fused step, with the dense reference's kernels and the CPU's, against the step of `sae.objective`."""
+
+import pytest
+import torch
+
+from sae.fused import FusedStep, covers
+from sae.kernels import Kernels
+from sae.kernels.cpu import Cpu
+from sae.kernels.reference import Reference
+from sae.spec import Resampling
+from sae.step import TrainingDictionary
+from sae.team import ALONE
+from tests.sae.specs import ACTIVATIONS, KINDS, SITE_WIDTHS, make_rows, make_spec
+
+COVERED = ("sae", "transcoder", "skip_transcoder", "acausal_crosscoder")
+
+
+@pytest.fixture(params=[Reference, Cpu])
+def kernels(request) -> Kernels:
+    return request.param()
+
+
+def pair_of_dictionaries(spec, kernels: Kernels) -> tuple[TrainingDictionary, TrainingDictionary]:
+    torch.set_num_threads(1)  # on a shared machine more only wait for each other
+    plain, fused = (TrainingDictionary(spec, SITE_WIDTHS, torch.device("cpu"), torch.float64) for _ in range(2))
+    plain.fused, fused.fused = None, FusedStep(fused, kernels, torch.float64)
+    return plain, fused
+
+
+def assert_same(plain: TrainingDictionary, fused: TrainingDictionary) -> None:
+    state = fused.state()
+    for name, expected in plain.state().items():
+        torch.testing.assert_close(state[name], expected, rtol=1e-9, atol=1e-12, msg=name, check_dtype=False)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+@pytest.mark.parametrize("kind", COVERED)
+def test_fused_steps__equal_those_of_the_objective(kind: str, activation: str, kernels: Kernels) -> None:
+    spec = make_spec(kind, activation, dead_after_rows=100, resampling=Resampling(at=(0.45,)))
+    plain, fused = pair_of_dictionaries(spec, kernels)
+    for step in range(10):
+        x, y = (rows.double() for rows in make_rows(spec, step, n_rows=90 if step == 9 else 96))
+        for dictionary in (plain, fused):
+            dictionary.step(x, y, progress=(step + 1) / 10)
+    assert_same(plain, fused)
+    assert fused.sums.take() == pytest.approx(plain.sums.take())
+
+
+def test_fused_steps__go_on_from_a_state(kernels: Kernels) -> None:
+    spec = make_spec("sae", "batch_topk")
+    plain, fused = pair_of_dictionaries(spec, kernels)
+    rows = [tuple(part.double() for part in make_rows(spec, step)) for step in range(6)]
+    for step in range(3):
+        plain.step(*rows[step], progress=0.5)
+    fused.load(plain.state())
+    fused.fused = FusedStep(fused, kernels, torch.float64)
+    for step in range(3, 6):
+        plain.step(*rows[step], progress=0.5)
+        fused.step(*rows[step], progress=0.5)
+    assert_same(plain, fused)
+
+
+def test_covers__what_is_tested_here_and_nothing_else() -> None:
+    for kind in KINDS:
+        for activation in ACTIVATIONS:
+            expected = kind in COVERED and activation in ("topk", "batch_topk")
+            assert covers(make_spec(kind, activation), ALONE) == expected
+    for option in ("auxk", "matryoshka", "preactivation"):
+        assert not covers(make_spec("sae", "topk", **{option: {}}), ALONE)

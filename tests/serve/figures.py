@@ -1,0 +1,69 @@
+"""The endpoint's table of figures, printed and in reports/test-serve.json: python -m tests.serve.figures [--seconds 20]
+
+One endpoint with two replicas serves dictionaries of every kind and one of 640 → 4,096; `--seconds` is how long each
+part that is about load lasts. The status is 1 if a figure misses its target; of a slice, one that counts something.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+
+from sae import artifact
+from serve.limits import Limits
+from tests import report
+from tests.published import make_config, make_dictionary, make_spec
+from tests.serve import attack, load
+from tests.serve.conftest import publish
+from tests.serve.live import Endpoint, endpoint
+
+LIMITS = Limits(body_bytes=2**23, concurrent=8, idle_seconds=2, body_seconds=6)
+WIDE = "suite.wide"
+COUNTS = ("routes", "wrong", "lost", "5xx", "open", "failed", "accepted", "flagged", "changed", "left")
+
+
+def prepare(root: Path) -> None:
+    publish(root)
+    spec = make_spec("sae", width=4096)
+    dictionary = make_dictionary(spec, d=640)
+    dictionary.threshold_F.fill_(2.0)  # about a fiftieth of the latents are active
+    artifact.write(root / "suite" / "wide", dictionary, make_config(spec))
+    artifact.seal(root / "suite" / "wide")
+
+
+def measure(running: Endpoint, root: Path, seconds: float) -> list[report.Row]:
+    rows = attack.answers(running, root, round(10 * seconds))
+    rows += load.speed(running, root, WIDE, seconds)
+    rows += load.overload(running, WIDE, seconds)
+    rows += attack.fuzz(running, round(min(10_000, 100 * seconds)))
+    rows += attack.of_contract(running, round(min(400, 2 * seconds)))
+    rows += attack.bodies(running, LIMITS, round(min(100, 2 * seconds)))
+    rows += attack.auth(running)
+    rows += load.leak(running, WIDE, seconds)
+    rows += load.faults(running, WIDE, seconds)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    seconds = parser.parse_args().seconds
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root, settings = Path(folder) / "published", Path(folder) / "settings.yaml"
+        prepare(root)
+        settings.write_text(yaml.safe_dump({"limits": LIMITS.model_dump(), "replicas": 2}))
+        with endpoint(root, Path(folder) / "log", "--settings", str(settings)) as running:
+            rows = measure(running, root, seconds)
+            rows += load.rolling(running, WIDE, settings)
+            rows.append(report.row("processes left after SIGTERM", len(running.stop()), "left", "==", 0))
+    met = report.write("test-serve", rows, seconds=seconds, width=4096, d=640, limits=LIMITS.model_dump())
+    counted = all(row["ok"] for row in rows if row["unit"] in COUNTS)
+    return 0 if met or (seconds < 300 and counted) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
