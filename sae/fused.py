@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.activations import THRESHOLD_MEMORY
 from sae.kernels import Kernels
-from sae.kernels.entries import Encoder, Entries, Matrix
+from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix
 from sae.kernels.rates import ADAM_EPS, adam_rates
 from sae.pairs import Pairs
 from sae.schedule import Now
@@ -57,36 +57,41 @@ class FusedStep:
         )
         self.versions = self._versions()
         self.n_rows = 0
+        self.cut: Tensor  # the smallest activation of a batch
 
-    def step(self, x_BD: Tensor, y_BD: Tensor, now: Now) -> tuple[Tensor, Tensor]:
-        """One step of Adam; the error ŷ − y [B, d_out] and the activations [P]."""
+    def step(self, x_BD: Tensor, y_BD: Tensor, now: Now) -> None:
+        """One step of Adam. Then `error_BD` is ŷ − y [B, d_out], `squared_error` its squares' sum, `variance` that of
+        y's squared distances to its mean, `values_P` the activations."""
         mine, number = self.dictionary, int(self.dictionary.steps_done) + 1
         if len(x_BD) != self.n_rows:
             self._allocate(len(x_BD))
         if self.versions != self._versions():  # by anyone else, as when latents are resampled
             for matrix in (self.w_enc, self.w_dec):
                 matrix.copy.copy_(matrix.weights)
-        torch.sub(x_BD, mine.centre(), out=self.centred_BD)
-        torch.sub(self.parameters["b_dec"], y_BD, out=self.error_BD)
+        self.variance = self.kernels.centre(
+            x_BD, y_BD, mine.centre(), self.parameters["b_dec"], self.centred_BD, self.error_BD
+        )
         rates = self.rates.new_tensor(adam_rates(number, now.learning_rate, self.betas), device="cpu")
         self.rates.copy_(rates.pin_memory() if x_BD.is_cuda else rates, non_blocking=True)
         self.rate.fill_(now.learning_rate)
-        values_P = self.body(round(now.l0 if self.by_row else now.l0 * len(x_BD)))
+        self.values_P, self.squared_error = self.body(round(now.l0 if self.by_row else now.l0 * len(x_BD)))
         if number == 1 and not self.by_row and not mine.taken_over:
             mine.activation.state["threshold"].copy_(self.cut)
         self.versions = self._versions()
-        return self.error_BD, values_P
 
-    def _body(self, count: int) -> Tensor:
-        """All that is launched between the inputs of a batch, and its error; its activations. [P]"""
+    def _body(self, count: int) -> tuple[Tensor, Tensor]:
+        """All that is launched between the inputs of a batch and its error; the activations [P], and the error's sum of
+        squares."""
         pairs = self._select(count)
         entries = Entries(pairs.rows_P, pairs.latents_P, self.n_rows, self.dictionary.shape.width)
+        by_latent = self.kernels.beside(lambda: self._in_order(entries, pairs))  # small launches
         for name, reads, writes in self.skips:
             self.error_BD[:, writes] += self.centred_BD[:, reads] @ self.parameters[name].to(self.product_type)
-        self.kernels.rebuild(entries, pairs.values_P, self.w_dec.copy, self.error_BD, 2 / self.n_rows, self.grad_BD)
-        self._learn(entries, pairs.values_P)
-        self.dictionary.idle.update(pairs, self.n_rows)
-        return pairs.values_P
+        squared_error = self.kernels.rebuild(
+            entries, pairs.values_P, self.w_dec.copy, self.error_BD, 2 / self.n_rows, self.grad_BD
+        )
+        self._learn(entries, by_latent(), pairs.values_P)
+        return pairs.values_P, squared_error
 
     def _select(self, count: int) -> Pairs:
         encoder = Encoder([self.w_enc.copy], self.parameters["b_enc"], self.dictionary.shape.groups)
@@ -97,8 +102,11 @@ class FusedStep:
             self.dictionary.activation.state["threshold"].lerp_(self.cut, 1 - THRESHOLD_MEMORY)
         return pairs
 
-    def _learn(self, entries: Entries, values_P: Tensor) -> None:
-        by_latent = entries.by_latent
+    def _in_order(self, entries: Entries, pairs: Pairs) -> ByLatent:
+        self.dictionary.idle.update(pairs, self.n_rows)
+        return entries.by_latent
+
+    def _learn(self, entries: Entries, by_latent: ByLatent, values_P: Tensor) -> None:
         grad_values_P = self.kernels.fit_decoder(self.w_dec, entries, values_P, self.grad_BD, self.rates)
         grad_pre_P = grad_values_P * (values_P > 0)
         b_enc, b_dec = self.kernels.latent_sums(by_latent, grad_pre_P), self.grad_BD.sum(0, dtype=self.rates.dtype)

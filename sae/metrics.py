@@ -16,11 +16,10 @@ class FitSums:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.rows = 0
 
-    def add(self, x_BD: Tensor, error_BD: Tensor, values_P: Tensor) -> None:
-        variance = x_BD.var(0, correction=0).sum() * len(x_BD)
-        squared_error = torch.linalg.vector_norm(error_BD).square()
+    def add(self, squared_error: Tensor, variance: Tensor, values_P: Tensor, n_rows: int) -> None:
+        """Σ (ŷ − y)², Σ of y's squared distance to its mean, and the activations of `n_rows` rows."""
         self.sums += torch.stack([squared_error, variance, (values_P > 0).sum()])
-        self.rows += len(x_BD)
+        self.rows += n_rows
 
     def take(self) -> dict[str, float]:
         """FVU and L0 over the batches since the last call; every rank of the team calls."""

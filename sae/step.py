@@ -81,9 +81,9 @@ class TrainingDictionary:
     def _step_fused(self, fused: FusedStep, x_BD: Tensor, y_BD: Tensor, progress: float) -> Tensor:
         if self.steps_done == 0:
             self._start(x_BD, y_BD, len(x_BD), self._now(progress))
-        error_BD, values_P = fused.step(x_BD, y_BD, self._now(progress))
-        self.sums.add(y_BD, error_BD, values_P)
-        return error_BD
+        fused.step(x_BD, y_BD, self._now(progress))
+        self.sums.add(fused.squared_error, fused.variance, fused.values_P, len(y_BD))
+        return fused.error_BD
 
     def _fused(self) -> FusedStep | None:
         """For what it can step; `sae.objective` does all."""
@@ -107,7 +107,9 @@ class TrainingDictionary:
         for name, parameter in self.learned.items():
             parameter.grad = objective.gradients[name]
         self.idle.update(objective.pairs, n_rows)
-        self.sums.add(y_BD, objective.error_BD, objective.pairs.values_P)
+        squared_error = torch.linalg.vector_norm(objective.error_BD).square()
+        variance = y_BD.var(0, correction=0).sum() * len(y_BD)
+        self.sums.add(squared_error, variance, objective.pairs.values_P, len(y_BD))
         return objective.error_BD
 
     @torch.no_grad()

@@ -24,6 +24,15 @@ class Kernels(ABC):
     same bits. Pairs of value 0 may be among the others, so that P is known without a host read.
     """
 
+    def centre(
+        self, x_BD: Tensor, y_BD: Tensor, centre_D: Tensor, b_dec_D: Tensor, centred_BD: Tensor, rest_BD: Tensor
+    ) -> Tensor:
+        """Puts x − centre in `centred_BD`, of any type, and b_dec − y in `rest_BD`; Σ over y of its squared distance to
+        the mean of its column. [0-d]"""
+        torch.sub(x_BD, centre_D, out=centred_BD)
+        torch.sub(b_dec_D, y_BD, out=rest_BD)
+        return y_BD.var(0, correction=0).sum() * len(y_BD)
+
     @abstractmethod
     def select_topk(
         self, x_BD: Tensor, encoder: Encoder, count: int, per: Literal["row", "batch"], pre_BF: Tensor | None = None
@@ -46,10 +55,12 @@ class Kernels(ABC):
 
     def rebuild(
         self, entries: Entries, values_P: Tensor, w_FD: Tensor, rest_GD: Tensor, scale: float, grad_GD: Tensor
-    ) -> None:
-        """Adds what `decode` gives to `rest_GD`, and puts `scale` times the sum in `grad_GD`, of any type."""
+    ) -> Tensor:
+        """Adds what `decode` gives to `rest_GD`, and puts `scale` times the sum in `grad_GD`, of any type; the sum of
+        the squares of `rest_GD` then. [0-d]"""
         rest_GD += self.decode(entries, values_P, w_FD)
         torch.mul(rest_GD, scale, out=grad_GD)
+        return torch.linalg.vector_norm(rest_GD).square()
 
     @abstractmethod
     def value_gradients(self, entries: Entries, grad_GD: Tensor, w_FD: Tensor) -> Tensor:
@@ -83,6 +94,11 @@ class Kernels(ABC):
     @abstractmethod
     def latent_sums(self, by_latent: ByLatent, weights_P: Tensor) -> Tensor:
         """Σ weights[p] over each latent's pairs. [F]"""
+
+    def beside(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """Launches some work that may run beside what is launched after it, up to the call that takes its result."""
+        result = work()
+        return lambda: result
 
     def recorded(self, function: Callable[[int], Result]) -> Callable[[int], Result]:
         """The function, which reads nothing back and uses the same tensors each time, perhaps launched at once."""

@@ -6,6 +6,7 @@ value 0. Sums are in a fixed order: the same call gives the same bits.
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -23,12 +24,27 @@ KEYS = 4096  # a program looks at, at once
 REBUILT = {"PAIRS": 8, "BLOCK": 256, "num_warps": 1}
 SUMMED = {"PAIRS": 8, "BLOCK": 512, "num_warps": 2}
 PRODUCTS = {"PAIRS": 2, "BLOCK": 512, "num_warps": 2}
-DECODER_PAIRS, DECODER_COLUMNS = 2, 256  # columns a warp
+DECODER = {"num_warps": 4}
+CENTRED = {"ROWS": 16, "BLOCK": 256, "num_warps": 4}
 WIDEST = 4096  # columns of a decoder's row that a program holds, with their moments
 
 
 class Gpu(Kernels):
     """`sae.kernels.Kernels` in Triton."""
+
+    def centre(
+        self, x_BD: Tensor, y_BD: Tensor, centre_D: Tensor, b_dec_D: Tensor, centred_BD: Tensor, rest_BD: Tensor
+    ) -> Tensor:
+        n_rows, n_columns = y_BD.shape
+        if x_BD.shape != y_BD.shape:
+            return super().centre(x_BD, y_BD, centre_D, b_dec_D, centred_BD, rest_BD)
+        grid = triton.cdiv(n_rows, CENTRED["ROWS"]), triton.cdiv(n_columns, CENTRED["BLOCK"])
+        sums, squares = torch.empty(2, grid[0], n_columns, device=y_BD.device)
+        triton_products.centred_rows[grid](
+            x_BD.contiguous(), y_BD.contiguous(), centre_D, b_dec_D, centred_BD, rest_BD, sums, squares, n_rows,
+            n_columns, **CENTRED,
+        )  # fmt: skip
+        return squares.sum() - sums.sum(0).square().sum() / n_rows
 
     def select_topk(
         self, x_BD: Tensor, encoder: Encoder, count: int, per: Literal["row", "batch"], pre_BF: Tensor | None = None
@@ -73,12 +89,15 @@ class Gpu(Kernels):
 
     def rebuild(
         self, entries: Entries, values_P: Tensor, w_FD: Tensor, rest_GD: Tensor, scale: float, grad_GD: Tensor
-    ) -> None:
+    ) -> Tensor:
         n_columns = w_FD.shape[1]
-        triton_products.rebuilt[entries.n_rows, triton.cdiv(n_columns, REBUILT["BLOCK"])](
-            entries.starts_G, entries.latents_P, values_P, w_FD, rest_GD, grad_GD, scale, len(values_P), n_columns,
-            **REBUILT,
+        grid = entries.n_rows, triton.cdiv(n_columns, REBUILT["BLOCK"])
+        squares = torch.empty(grid, device=w_FD.device)
+        triton_products.rebuilt[grid](
+            entries.starts_G, entries.latents_P, values_P, w_FD, rest_GD, grad_GD, squares, scale, len(values_P),
+            n_columns, **REBUILT,
         )  # fmt: skip
+        return squares.sum()
 
     def value_gradients(self, entries: Entries, grad_GD: Tensor, w_FD: Tensor) -> Tensor:
         n_pairs = len(entries.rows_P)
@@ -117,11 +136,11 @@ class Gpu(Kernels):
             return super().fit_decoder(matrix, entries, values_P, grad_GD, rates)
         order_P, starts_F = entries.by_latent
         grad_values_P = torch.empty_like(values_P)
-        block = triton.next_power_of_2(n_columns)
+        head = max(1, triton.next_power_of_2(n_columns) // 2)
+        tail = max(1, triton.next_power_of_2(n_columns - head))
         triton_adam.step_decoder_rows[(n_latents,)](
             w_FD, starts_F, order_P, entries.rows_P[order_P], values_P[order_P], grad_GD, grad_values_P, *moments,
-            copy, n_pairs, n_columns, rates, PAIRS=DECODER_PAIRS, BLOCK=block,
-            num_warps=max(1, block // DECODER_COLUMNS),
+            copy, n_pairs, n_columns, rates, HEAD=head, TAIL=tail, **DECODER,
         )  # fmt: skip
         return grad_values_P
 
@@ -132,6 +151,21 @@ class Gpu(Kernels):
             by_latent.starts_F, by_latent.order_P, weights_P, out_F, len(weights_P), BLOCK=128, num_warps=1
         )
         return out_F
+
+    @cached_property
+    def side(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    def beside(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            result = work()
+
+        def taken() -> Result:
+            torch.cuda.current_stream().wait_stream(self.side)
+            return result
+
+        return taken
 
     def recorded(self, function: Callable[[int], Result]) -> Callable[[int], Result]:
         return Recorded(function)

@@ -60,31 +60,38 @@ def step_summed_rows(
 @triton.jit
 def step_decoder_rows(
     parameter, starts, order, rows, values, grad, out, mean, square, copy, n_pairs, n_columns, rates,
-    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """As `step_summed_rows` if UNIT, whole rows at once; and grad[row of p]·w[latent of p], at `order` of p. Grid
-    [latents]"""
+    [latents]
+
+    A row is held in two parts, whose widths are powers of two as those of blocks must be: in one, up to half of the
+    lanes would be idle.
+    """
     latent = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    place, inside = latent.to(tl.int64) * n_columns + columns, columns < n_columns
+    base = latent.to(tl.int64) * n_columns
+    head, tail = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
+    whole, inside = head < n_columns, tail < n_columns
     first, end = bounds(starts, latent, tl.num_programs(0), n_pairs)
-    w = tl.load(parameter + place, mask=inside, other=0.0, eviction_policy="evict_first")
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(first, end, PAIRS):
-        pair = start + tl.arange(0, PAIRS)
-        there = pair < end
-        row = tl.load(rows + pair, mask=there, other=0).to(tl.int64)
-        value = tl.load(values + pair, mask=there, other=0.0)
-        target = tl.load(order + pair, mask=there, other=0)
-        part = tl.load(
-            grad + row[:, None] * n_columns + columns[None, :], mask=there[:, None] & inside[None, :], other=0.0
-        ).to(tl.float32)
-        total += tl.sum(value[:, None] * part, axis=0)
-        tl.store(out + target, tl.sum(part * w[None, :], axis=1), mask=there)
-    total -= tl.sum(total * w) * w
+    w_head = tl.load(parameter + base + head, mask=whole, other=0.0, eviction_policy="evict_first")
+    w_tail = tl.load(parameter + base + tail, mask=inside, other=0.0, eviction_policy="evict_first")
+    g_head, g_tail = tl.zeros([HEAD], tl.float32), tl.zeros([TAIL], tl.float32)
+    for pair in range(first, end):
+        row, value = grad + tl.load(rows + pair).to(tl.int64) * n_columns, tl.load(values + pair)
+        part = tl.load(row + head, mask=whole, other=0.0).to(tl.float32)
+        rest = tl.load(row + tail, mask=inside, other=0.0).to(tl.float32)
+        g_head += value * part
+        g_tail += value * rest
+        tl.store(out + tl.load(order + pair), tl.sum(part * w_head) + tl.sum(rest * w_tail))
+    along = tl.sum(g_head * w_head) + tl.sum(g_tail * w_tail)
+    g_head -= along * w_head
+    g_tail -= along * w_tail
     rate, mean_share, square_share = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2)
     scale, epsilon = tl.load(rates + 3), tl.load(rates + 4)
-    w = _moved(mean, square, place, inside, w, total, rate, mean_share, square_share, scale, epsilon)
-    w /= tl.sqrt(tl.sum(w * w))
-    tl.store(parameter + place, w, mask=inside)
-    tl.store(copy + place, w, mask=inside)
+    w_head = _moved(mean, square, base + head, whole, w_head, g_head, rate, mean_share, square_share, scale, epsilon)
+    w_tail = _moved(mean, square, base + tail, inside, w_tail, g_tail, rate, mean_share, square_share, scale, epsilon)
+    norm = tl.sqrt(tl.sum(w_head * w_head) + tl.sum(w_tail * w_tail))
+    tl.store(parameter + base + head, w_head / norm, mask=whole)
+    tl.store(copy + base + head, w_head / norm, mask=whole)
+    tl.store(parameter + base + tail, w_tail / norm, mask=inside)
+    tl.store(copy + base + tail, w_tail / norm, mask=inside)

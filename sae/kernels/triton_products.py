@@ -31,12 +31,33 @@ def bounds(starts, group, n_groups, n_pairs):
 
 
 @triton.jit
+def centred_rows(
+    x, y, centre, b_dec, centred, rest, sums, squares, n_rows, n_columns, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x − centre, b_dec − y, and the latter's sums and sums of squares over each ROWS rows. Grid [parts of the rows,
+    blocks of columns]; the last two [parts, D], the rest [B, D]"""
+    part, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < n_columns
+    middle = tl.load(centre + columns, mask=inside, other=0.0)
+    bias = tl.load(b_dec + columns, mask=inside, other=0.0)
+    row = (part * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    place = row[:, None] * n_columns + columns[None, :]
+    there = (row < n_rows)[:, None] & inside[None, :]
+    read = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    tl.store(centred + place, read - middle[None, :], mask=there)
+    left = tl.where(there, bias[None, :] - tl.load(y + place, mask=there, other=0.0).to(tl.float32), 0.0)
+    tl.store(rest + place, left, mask=there)
+    tl.store(sums + part * n_columns + columns, tl.sum(left, axis=0), mask=inside)
+    tl.store(squares + part * n_columns + columns, tl.sum(left * left, axis=0), mask=inside)
+
+
+@triton.jit
 def rebuilt(
-    starts, latents, values, w, rest, grad, scale, n_pairs, n_columns,
+    starts, latents, values, w, rest, grad, squares, scale, n_pairs, n_columns,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds Σ values[p]·w[latents[p]] over each row's pairs to its rest; `scale` times the sum is its gradient. Grid
-    [rows, blocks of columns]; both [rows, D]"""
+    [rows, blocks of columns], as the sums of its squares; rest and gradient [rows, D]"""
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = row.to(tl.int64) * n_columns + columns
@@ -45,6 +66,7 @@ def rebuilt(
     total += weighted_rows(latents, values, w, first, end, columns, n_columns, PAIRS, BLOCK)
     tl.store(rest + place, total, mask=columns < n_columns)
     tl.store(grad + place, total * scale, mask=columns < n_columns)
+    tl.store(squares + row * tl.num_programs(1) + tl.program_id(1), tl.sum(total * total))
 
 
 @triton.jit

@@ -88,8 +88,9 @@ def count_digits(keys, counts, n_keys, count, LEVEL: tl.constexpr, BLOCK: tl.con
     shared = key >= 0
     if LEVEL > 0:
         shared &= (key >> (32 - 8 * LEVEL)) == (_smallest(counts, count, LEVEL) >> (32 - 8 * LEVEL))
-    found = tl.histogram((key >> (24 - 8 * LEVEL)) & 255, 256, mask=shared)
-    tl.atomic_add(counts + LEVEL * 256 + digits, found, mask=found > 0)
+    if tl.max(shared.to(tl.int32)) > 0:  # few blocks have any of those that the last bytes are of
+        found = tl.histogram((key >> (24 - 8 * LEVEL)) & 255, 256, mask=shared)
+        tl.atomic_add(counts + LEVEL * 256 + digits, found, mask=found > 0)
 
 
 @triton.jit

@@ -1,11 +1,13 @@
-"""`make bench-gpu`: milliseconds of a step on this machine's GPU, beside the floor that the card sets and a compiled
-dense step of the same dictionary. On random sums of directions, made anew at each width.
+"""`make bench-gpu`: milliseconds of a step on this machine's GPU, beside the floor that the card sets, a compiled dense
+step of the same dictionary, and sparsify's (Triton) if `pip install eai-sparsify` put it there. On random sums of
+directions, made anew at each width.
 
 The floor is the encoder's product at the rate of a large bfloat16 product, and the optimiser's bytes (weight, gradient
 and two moments read; weight and moments written; float32) at the rate of a large copy.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import statistics
@@ -88,11 +90,46 @@ class Dense:
         self.w_dec /= self.w_dec.norm(dim=1, keepdim=True)
 
 
+class Sparsify:
+    """What sparsify's trainer does around a step, its own autocast to bfloat16 and kernels within, Adam fused."""
+
+    def __init__(self, width: int, x: Tensor):
+        from sparsify import SparseCoder, SparseCoderConfig
+
+        self.x = x
+        self.coder = SparseCoder(COLUMNS, SparseCoderConfig(num_latents=width, k=L0), "cuda")
+        self.optimiser = torch.optim.Adam(self.coder.parameters(), lr=1e-3, fused=True)
+
+    def step(self) -> None:
+        self.coder.set_decoder_norm_to_unit_norm()
+        self.coder(self.x).fvu.backward()
+        self.coder.remove_gradient_parallel_to_decoder_directions()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+
+def other(made: type[Dense] | type[Sparsify], width: int, x: Tensor) -> tuple[float, float]:
+    """Milliseconds of a step, and seconds until the first was made."""
+    torch._dynamo.reset()
+    began = time.monotonic()
+    its = made(width, x)
+    its.step()
+    torch.cuda.synchronize()
+    warm_up = time.monotonic() - began
+    step = milliseconds(its.step, repeats=5)
+    del its
+    torch.cuda.empty_cache()
+    return step, warm_up
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--widths", type=int, nargs="*", default=WIDTHS)
-    arguments.add_argument("--no-dense", action="store_true")
+    arguments.add_argument("--alone", action="store_true", help="without the steps of others")
     arguments = arguments.parse_args()
+    others = {} if arguments.alone else {"compiled dense topk": Dense}
+    if others and importlib.util.find_spec("sparsify"):
+        others["sparsify topk"] = Sparsify
     card, (rate, bandwidth) = torch.cuda.get_device_name(), ceilings()
     print(f"{card}: bf16 {rate / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s; torch {torch.__version__}")
     print(f"D {COLUMNS:,}, K {L0}, B {ROWS:,}; ms a step, median of {REPEATS}\n")
@@ -108,20 +145,10 @@ def main() -> None:
                          "ok": ok, "ms": step, "floor_ms": floor, "peak_gib": peak})  # fmt: skip
             print(f"F {width:>7,} {activation:10} {step:7.2f}  floor {floor:6.2f}  {step / floor:.2f}x  "
                   f"peak {peak:.1f} GiB", flush=True)  # fmt: skip
-        if not arguments.no_dense:
-            torch._dynamo.reset()
-            began = time.monotonic()
-            dense = Dense(width, x)
-            dense.step()
-            torch.cuda.synchronize()
-            warm_up = time.monotonic() - began
-            step = milliseconds(dense.step, repeats=5)
-            rows.append(
-                {"name": f"compiled dense topk {width}", "value": step, "unit": "ms", "target": None, "ok": True}
-            )
-            print(f"F {width:>7,} compiled dense topk {step:7.2f}  (compiled in {warm_up:.0f} s)", flush=True)
-            del dense
-            torch.cuda.empty_cache()
+        for name, made in others.items():
+            step, warm_up = other(made, width, x)
+            rows.append({"name": f"{name} {width}", "value": step, "unit": "ms", "target": None, "ok": True})
+            print(f"F {width:>7,} {name} {step:7.2f}  (first step after {warm_up:.0f} s)", flush=True)
     REPORT.parent.mkdir(exist_ok=True)
     machine = {"card": card, "bf16_flops": rate, "copy_bytes": bandwidth, "torch": torch.__version__}
     sizes = {"rows": ROWS, "columns": COLUMNS, "l0": L0, "repeats": REPEATS}

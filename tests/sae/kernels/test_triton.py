@@ -114,6 +114,52 @@ def test_products__equal_the_reference(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("shape", [(10, 7), (131, 300)])
+def test_centred_rows__equal_the_reference(shape: tuple[int, int]) -> None:
+    draw = torch.Generator().manual_seed(5)
+    x_BD, y_BD = torch.randn(2, *shape, generator=draw)
+    y_BD += 3  # a mean that is not 0
+    centre_D, b_dec_D = torch.randn(2, shape[1], generator=draw)
+    results = []
+    for kernels, device in ((REFERENCE, torch.device("cpu")), (GPU, DEVICE)):
+        outputs = torch.full((2, *shape), float("nan"), device=device)
+        inputs = [part.to(device) for part in (x_BD, y_BD, centre_D, b_dec_D)]
+        results.append([kernels.centre(*inputs, *outputs).cpu(), *outputs.cpu()])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def test_rebuilt_rows__are_what_is_left_and_its_squares_are_summed() -> None:
+    case = make_case(10, 300, 24, seed=3)
+    pairs = selected(case, 40, "batch")
+    on_cpu = Pairs(*(part.cpu() for part in pairs))
+    results = []
+    for kernels, device, mine in ((REFERENCE, torch.device("cpu"), on_cpu), (GPU, DEVICE, pairs)):
+        rest_GD = case.error_BD.to(device, copy=True)
+        grad_GD = torch.empty_like(rest_GD)
+        entries, w_FD = entries_of(mine, case), case.w_dec_FD.to(device)
+        squares = kernels.rebuild(entries, mine.values_P, w_FD, rest_GD, 0.5, grad_GD)
+        results.append([squares.cpu(), rest_GD.cpu(), grad_GD.cpu()])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("n_columns", [2, 3, 5, 40])
+def test_a_decoders_step__at_every_split_of_its_rows(n_columns: int) -> None:
+    case = make_case(6, n_columns, 12, seed=4)
+    pairs = selected(case, 19, "batch")
+    on_cpu, start = Pairs(*(part.cpu() for part in pairs)), torch.nn.functional.normalize(case.w_dec_FD)
+    rates = torch.tensor(adam_rates(1, 0.01, (0.9, 0.999)))
+    results = []
+    for kernels, device, mine in ((REFERENCE, torch.device("cpu"), on_cpu), (GPU, DEVICE, pairs)):
+        weights = start.to(device, copy=True)
+        matrix, entries = matrix_of(weights)._replace(copy=weights.clone()), entries_of(mine, case)
+        inputs = mine.values_P, case.error_BD.to(device), rates.to(device)
+        results.append([kernels.fit_decoder(matrix, entries, *inputs).cpu(), matrix.weights.cpu()])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
 @pytest.mark.parametrize("unit_rows", [False, True])
 def test_ten_steps_of_adam__equal_the_references(unit_rows: bool) -> None:
     case = make_case(6, 5, 12, seed=4)
