@@ -9,7 +9,7 @@ PORT ?= 8000
 MODEL ?= package:gemma-3-270m
 SECONDS ?= 300
 
-.PHONY: help sweep serve check-demo test test-quick test-chaos test-serve test-gpu bench bench-check bench-quality bench-stream bench-gpu lint format clean
+.PHONY: help sweep serve check-demo test test-quick test-real test-chaos test-serve test-gpu bench bench-check bench-quality bench-stream bench-gpu lint format clean
 .DEFAULT_GOAL := help
 
 help: ## these lines
@@ -25,8 +25,11 @@ serve: $(VENV)/.run ## answer on what the demo published; prints a token and cal
 check-demo: sweep ## hold the demo's figures against their targets
 	@$(PY) tests/check_demo.py runs/demo/summary.json
 
-test: $(VENV)/.dev ## all tests but those of test-chaos, the real Gemma 3 270M included (minutes)
-	$(PY) -m pytest -m "not chaos" --durations=20 --durations-min=5
+test: $(VENV)/.dev ## all tests but those of test-real and test-chaos (minutes)
+	$(PY) -m pytest -m "not real and not chaos" --durations=20 --durations-min=5
+
+test-real: $(VENV)/.dev ## the tests on the real Gemma 3 270M, and another reader of what it gave (minutes)
+	$(PY) -m pytest -m real --durations=5
 
 test-chaos: $(VENV)/.dev ## everything is killed, filled up or cut off, and the table of faults (hours; RUNS=2: fewer)
 	@$(PY) -m tests.chaos.table begin
@@ -37,7 +40,7 @@ test-serve: $(VENV)/.dev ## the endpoint under load, attack and faults, and its 
 	@$(PY) -m tests.serve.figures --seconds $(SECONDS)
 
 test-quick: $(VENV)/.dev ## the tests that need seconds
-	$(PY) -m pytest -m "not slow and not chaos"
+	$(PY) -m pytest -m "not slow and not real and not chaos"
 
 bench-quality: $(VENV)/.dev ## FVU and dead latents beside SAELens and dictionary_learning on the same rows (hours; resumes)
 	$(PY) tests/bench/quality/run.py $(QUALITY)

@@ -19,7 +19,7 @@ from sae.dictionary import Dictionary
 from sae.spec import DictionarySpec
 from tests.published import make_config, make_dictionary, make_rows, make_spec
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.real
 
 PINS = ["circuit-tracer==0.5.0", "huggingface-hub==0.36.0", "tokenizers==0.22.1", "transformers==4.57.3"]
 LAYERS = 3

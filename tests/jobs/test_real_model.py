@@ -7,7 +7,7 @@ import pytest
 
 from sae import artifact
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.real
 
 RECIPE = {
     "name": "real",

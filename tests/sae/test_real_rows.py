@@ -21,7 +21,7 @@ from sae.sites import Site
 from sae.spec import DictionarySpec, Options, Training
 from sae.step import TrainingDictionary
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.real
 SITE, L0, BATCH, HELDOUT = Site(12, "resid_post"), 32, 256, 4096
 
 
