@@ -75,14 +75,23 @@ def _serve(arguments: argparse.Namespace) -> int:
         _greet(f"http://{arguments.host}:{arguments.port}", token, settings)
         while asked.get() == signal.SIGHUP:
             try:
-                ray_serve.run(build(_settings(arguments)), name=APPLICATION)
+                fresh = _settings(arguments)
+                ray_serve.run(build(fresh), name=APPLICATION)
+                settings = fresh
                 print("deployed anew", flush=True)
             except UNSOUND as error:
-                print(f"error: {error}\nthe service goes on as it was", file=sys.stderr, flush=True)
+                _stays(error)
+            except RuntimeError as error:  # a process did not start, and those of before may be gone
+                ray_serve.run(build(settings), name=APPLICATION)
+                _stays(error)
     finally:
         ray_serve.shutdown()
         ray.shutdown()
     return 0
+
+
+def _stays(error: Exception) -> None:
+    print(f"error: {error}\nthe service goes on as it was", file=sys.stderr, flush=True)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

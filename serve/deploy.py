@@ -16,7 +16,7 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from sae.sites import Site
-from serve import app, tokens
+from serve import app, passes, tokens
 from serve.catalog import Catalog
 from serve.compute import Answer, Work
 from serve.model import Model, Order
@@ -78,8 +78,11 @@ async def _somewhere(ask: Callable[[], Awaitable[T]]) -> T:
 
 
 def build(args: Settings) -> ray_serve.Application:
-    """NoTokens, and nothing is started, unless a token is configured or the service is local."""
+    """NoTokens, and nothing is started, unless a token is configured or the service is local; ValueError if there is no
+    such model."""
     callers = None if args.insecure_local else tokens.load()
+    if args.model is not None:
+        passes.check(args.model, args.model_ranks)
 
     def make() -> FastAPI:
         catalog = Catalog(source(args.catalog, Path(args.cache)))
@@ -107,6 +110,9 @@ def build(args: Settings) -> ray_serve.Application:
     if args.model is None:
         return ingress.bind(replicas.bind(args))
     model: Any = ray_serve.deployment(
-        name=MODEL, max_ongoing_requests=2 * room, ray_actor_options={"num_cpus": 1}, health_check_period_s=2
+        name=MODEL,
+        max_ongoing_requests=2 * room,
+        ray_actor_options={"num_cpus": args.model_ranks},
+        health_check_period_s=2,
     )(Model)
     return ingress.bind(replicas.bind(args), model.bind(args))

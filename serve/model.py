@@ -34,13 +34,18 @@ class Model:
         assert settings.model is not None
         self.name = settings.model_name or settings.model
         torch.set_num_threads(settings.threads)
-        self.texts = Texts(settings.model, settings.model_dtype, settings.limits.text_tokens)
+        self.texts = Texts(settings.model, settings.model_dtype, settings.limits.text_tokens, settings.model_ranks)
         catalog = Catalog(source(settings.catalog, Path(settings.cache)))
         self.local = Local(catalog, int(settings.memory_gib * 2**30), packed=False)
         self.turn = asyncio.Lock()
 
     async def ready(self) -> bool:
         return True
+
+    async def check_health(self) -> None:
+        """Asked by Ray, which puts a new process in the place of one that raises."""
+        if not self.texts.passes.healthy:
+            raise RuntimeError("a rank of the model is gone, or failed")
 
     async def read(self, prompt: Prompt, sites: list[Site]) -> Reading | Problem:
         try:
@@ -61,7 +66,12 @@ class Model:
 
     async def _in_turn(self, work: Callable[[], T]) -> T:
         async with self.turn:
-            return await asyncio.to_thread(work)
+            try:
+                return await asyncio.to_thread(work)
+            except Exception:
+                if self.texts.passes.healthy:
+                    raise
+                raise Problem(503, "the model is being started anew", retry_after=5) from None
 
     async def _latent(self, change: Change) -> Latent:
         dictionary = await self.local.dictionary(change.digest)

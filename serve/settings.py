@@ -32,6 +32,8 @@ class Settings(BaseModel):
     """As dictionaries name their model, if that is not `model`."""
     model_dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 halves its memory and is as fast or faster on a GPU; many CPUs have no products in it."""
+    model_ranks: PositiveInt = 1
+    """Devices of one machine, or on CPUs processes, that share every layer of a model that is larger than one."""
     insecure_local: bool = False
     """Needs no token, and answers the loopback address only."""
     limits: Limits = Limits()

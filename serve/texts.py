@@ -5,14 +5,14 @@ as the two rows of one batch.
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sae import hooks
 from sae.sites import STATIC_TOKENS, Site
+from serve.passes import Type, open_passes
 from serve.problems import Problem
 from serve.steering import Steering
 
@@ -63,20 +63,16 @@ class Step(NamedTuple):
 class Texts:
     """One model and its tokenizer. Not for several threads at once."""
 
-    def __init__(self, folder: str, dtype: Literal["float32", "bfloat16"], longest: int):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
+    def __init__(self, folder: str, dtype: Type, longest: int, ranks: int = 1):
+        from transformers import AutoTokenizer
 
-        logging.disable_progress_bar()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-        self.model: Any = loaded.eval().requires_grad_(False).to(self.device)
+        self.passes = open_passes(folder, dtype, ranks)
+        self.device, model = self.passes.device, self.passes.model
         self.longest = longest
-        config = self.model.config.get_text_config()
-        ends = self.model.generation_config.eos_token_id
+        ends = model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
-        self.layers = config.num_hidden_layers
+        self.layers = model.config.get_text_config().num_hidden_layers
 
     def read(self, prompt: Prompt, sites: list[Site]) -> Reading:
         """Problem if the text is too long, or a conversation that this model has no form for."""
@@ -84,33 +80,23 @@ class Texts:
         kept = torch.tensor([not token.masked for token in tokens])
         if not kept.any():
             return Reading(tokens, {})
-        captured = hooks.capture(self.model, self._ids(tokens), sites)
+        captured = self.passes.capture(_ids(tokens), sites)
         return Reading(tokens, {site.key: rows[0, kept].float().cpu().numpy() for site, rows in captured.items()})
 
     def answer(self, prompt: Prompt, steering: Steering, sampling: Sampling) -> Iterator[Step]:
         """Problem as `read` has it. The draws of both answers are of the same random numbers, so that where they
         differ it is for the latents that were changed."""
-        from transformers import DynamicCache
-
         tokens = self._tokens(prompt, answer=True)
-        masked = torch.tensor([token.masked for token in tokens])
-        ids, cache = self._ids(tokens).expand(2, -1), DynamicCache()
+        ids, masked = _ids(tokens).expand(2, -1), torch.tensor([token.masked for token in tokens])
         noise = torch.Generator().manual_seed(sampling.seed)
         written = [_Written(self.tokenizer), _Written(self.tokenizer)]
-        for _ in range(sampling.new_tokens):
-            logits = self._logits(ids, cache, steering, masked)
-            chosen = _draw(logits, sampling.temperature, noise)
-            yield Step(*(one.add(int(id), self.ends) for one, id in zip(written, chosen, strict=True)))
-            if all(one.ended for one in written):
-                return
-            ids, masked = chosen[:, None].to(self.device), torch.zeros(1, dtype=torch.bool)
-
-    @torch.no_grad()
-    def _logits(self, ids: Tensor, cache: Any, steering: Steering, masked_T: Tensor) -> Tensor:
-        """Of the next token of both answers. float32 [2, vocabulary]"""
-        with hooks.hooked(self.model, steering.edits(masked_T)):
-            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].float().cpu()
+        with self.passes.answer() as following:
+            for _ in range(sampling.new_tokens):
+                chosen = _draw(following(ids, steering.edits(masked)), sampling.temperature, noise)
+                yield Step(*(one.add(int(id), self.ends) for one, id in zip(written, chosen, strict=True)))
+                if all(one.ended for one in written):
+                    return
+                ids, masked = chosen[:, None], torch.zeros(1, dtype=torch.bool)
 
     def _tokens(self, prompt: Prompt, *, answer: bool) -> list[Token]:
         if prompt.text is not None:
@@ -141,9 +127,6 @@ class Texts:
         if count > most:
             raise Problem(413, f"a text has at most {most} {unit}, and this one has {count}")
 
-    def _ids(self, tokens: list[Token]) -> Tensor:
-        return torch.tensor([[token.id for token in tokens]], device=self.device)
-
 
 class _Written:
     """An answer as it grows; characters come out whole."""
@@ -163,6 +146,10 @@ class _Written:
             return ""
         new, self.told = text[len(self.told) :], text
         return str(new)
+
+
+def _ids(tokens: list[Token]) -> Tensor:
+    return torch.tensor([[token.id for token in tokens]])
 
 
 def _draw(logits: Tensor, temperature: float, noise: torch.Generator) -> Tensor:

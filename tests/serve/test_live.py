@@ -183,23 +183,38 @@ def test_hangup__deploys_anew_and_answers_meanwhile(live: Endpoint, settings: Pa
     client, rows = live.client(), torch.ones(3, 10)
     before, replicas = client.encode("suite.attn_sae", rows), live.processes("Dictionaries")
 
-    def hang_up(content: str, until: str) -> None:
-        said = len(live.log.read_text())
-        settings.write_text(content)
-        live.process.send_signal(signal.SIGHUP)
+    def answers() -> None:
+        after = client.encode("suite.attn_sae", rows)
+        assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
-        def has_said() -> bool:
-            after = client.encode("suite.attn_sae", rows)
-            assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-            return until in live.log.read_text()[said:]
-
-        _until(has_said, 60)
-
-    for unsound in ("batch_rows: 0", "batch_rows: [", "- no settings"):
-        hang_up(unsound, "the service goes on as it was")
+    for unsound in ("batch_rows: 0", "batch_rows: [", "- no settings", "model_ranks: 2"):
+        _hang_up(live, settings, unsound, "the service goes on as it was", answers)
         assert live.processes("Dictionaries") == replicas
-    hang_up("batch_rows: 2048", "deployed anew")
+    assert "model_ranks: 2 ranks cannot share 1 key-value heads" in live.log.read_text()
+    _hang_up(live, settings, "batch_rows: 2048", "deployed anew", answers)
     assert not set(live.processes("Dictionaries")) & set(replicas)
+
+
+@pytest.mark.chaos
+def test_hangup__what_cannot_start_gives_way_to_what_ran(live: Endpoint, settings: Path, model, tmp_path: Path) -> None:
+    """A model whose weights are not there, which only the process that loads it finds."""
+    client = live.client()
+    shutil.copytree(model[0], hollow := tmp_path / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
+    _hang_up(live, settings, f"model: {hollow}", "the service goes on as it was")
+    assert "Deploying application scopeworks failed" in live.log.read_text()
+    assert len(client.read("two words", [README_NAME]).tokens) == 3
+
+
+def _hang_up(live: Endpoint, settings: Path, content: str, until: str, meanwhile=lambda: None) -> None:
+    said = len(live.log.read_text())
+    settings.write_text(content)
+    live.process.send_signal(signal.SIGHUP)
+
+    def has_said() -> bool:
+        meanwhile()
+        return until in live.log.read_text()[said:]
+
+    _until(has_said, 180)
 
 
 def test_killed_replica__is_not_noticed(live: Endpoint, catalog: Path) -> None:
