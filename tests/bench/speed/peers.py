@@ -19,14 +19,19 @@ from rows import CLOCKS, Timed, batches
 RATE = 1e-3
 
 
-def saelens(job: dict[str, Any], stream: Timed) -> None:
+def _saelens_of(job: dict[str, Any], activation: str, k: int) -> Any:
     import sae_lens
+
+    name = {"batch_topk": "BatchTopK", "topk": "TopK", "jumprelu": "JumpReLU"}[activation]
+    own = {"l0_coefficient": 0.05} if activation == "jumprelu" else {"k": k}
+    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=job["columns"], d_sae=job["width"], **own)
+    return getattr(sae_lens, f"{name}TrainingSAE")(config)
+
+
+def _saelens_training(job: dict[str, Any]) -> Any:
     from sae_lens.config import LoggingConfig, SAETrainerConfig
 
-    name = {"batch_topk": "BatchTopK", "topk": "TopK", "jumprelu": "JumpReLU"}[job["activation"]]
-    own = {"l0_coefficient": 0.05} if job["activation"] == "jumprelu" else {"k": job["k"]}
-    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=job["columns"], d_sae=job["width"], **own)
-    training = SAETrainerConfig(
+    return SAETrainerConfig(
         total_training_samples=job["steps"] * job["rows"],
         train_batch_size_samples=job["rows"],
         lr=RATE,
@@ -35,8 +40,23 @@ def saelens(job: dict[str, Any], stream: Timed) -> None:
         autocast=job["best"],
         logger=LoggingConfig(log_to_wandb=False),
     )
-    sae = getattr(sae_lens, f"{name}TrainingSAE")(config)
-    sae_lens.SAETrainer(cfg=training, sae=sae, data_provider=stream).fit()
+
+
+def saelens(job: dict[str, Any], stream: Timed) -> None:
+    import sae_lens
+
+    sae = _saelens_of(job, job["activation"], job["k"])
+    sae_lens.SAETrainer(cfg=_saelens_training(job), sae=sae, data_provider=stream).fit()
+
+
+def saelens_multi(job: dict[str, Any], stream: Timed) -> None:
+    """All dictionaries of `job["many"]`, pairs of activation and L0, on one stream."""
+    from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+
+    saes = {f"{activation}_{k}": _saelens_of(job, activation, k) for activation, k in job["many"]}
+    hooks = dict.fromkeys(saes, "site")
+    stream = ({"site": x_BD} for x_BD in stream)  # type: ignore[assignment]
+    MultiSAETrainer(cfg=_saelens_training(job), saes=saes, hook_names=hooks, data_provider=stream).fit()
 
 
 def dictionary_learning(job: dict[str, Any], stream: Timed) -> None:
@@ -78,6 +98,7 @@ def sparsify(job: dict[str, Any], stream: Timed) -> None:
 
 PEERS: dict[str, Callable[[dict[str, Any], Timed], None]] = {
     "saelens": saelens,
+    "saelens_multi": saelens_multi,
     "dictionary_learning": dictionary_learning,
     "sparsify": sparsify,
 }
@@ -85,7 +106,7 @@ PEERS: dict[str, Callable[[dict[str, Any], Timed], None]] = {
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     torch.set_num_threads(job["threads"])
-    stream = Timed(batches(job["rows"], job["columns"], job["k"]), CLOCKS[job["clock"]])
+    stream = Timed(batches(job), CLOCKS[job["clock"]])
     PEERS[job["peer"]](job, stream)
     next(stream)  # when the last step ended
     print(json.dumps(stream.milliseconds(job["timed"])))

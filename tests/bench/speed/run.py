@@ -25,6 +25,9 @@ ACCEPTED = HERE / "accepted.json"
 COLUMNS = 640  # of Gemma 3 270M
 ROWS = (2048, 4096)
 WIDTHS = (16384, 65536)
+FILE_ROWS = 4 * max(ROWS)
+MANY = [(activation, k) for activation in ("topk", "batch_topk", "jumprelu") for k in (16, 32, 64, 128)]
+MANY_WIDTH = 4096
 TO_FLOOR = {"topk": 2.0, "batch_topk": 2.0, "jumprelu": 2.5}
 BESIDE = [  # peer, activation, at its best setting, how many times ours its step should take
     ("saelens", "batch_topk", False, 20),
@@ -49,7 +52,7 @@ def run(python: str, script: str, job: dict[str, Any]) -> Any:
 
 def beside_floor(job: dict[str, Any]) -> tuple[list[Row], dict[str, list[float]]]:
     """Each activation's step over the floor."""
-    taken = run(sys.executable, "ours.py", job)
+    taken = run(sys.executable, "ours.py", job | {"what": "steps"})
     products = [statistics.median(taken[name]) for name in taken if name.startswith("product")]
     floor = min(products) + statistics.median(taken["adam"])
     where = f"F {job['width']} B {job['rows']}"
@@ -71,6 +74,48 @@ def beside_peers(job: dict[str, Any], taken: dict[str, list[float]], python: str
         name = f"F {job['width']} B {job['rows']} {peer} {activation}{' bf16' if best else ''} / ours"
         rows.append(row(name, ratio, "times", ">=", target))
     return rows
+
+
+def beside_many(job: dict[str, Any], python: str | None) -> tuple[list[Row], dict[str, list[float]]]:
+    """Twelve dictionaries of one site on one batch."""
+    job |= {"width": MANY_WIDTH, "many": MANY}
+    taken = run(sys.executable, "ours.py", job | {"what": "many"})
+    together = statistics.median(taken.pop("together"))
+    singly = sum(statistics.median(times) for times in taken.values())
+    where = f"F {MANY_WIDTH} B {job['rows']} {len(MANY)} dictionaries"
+    rows = [row(f"{where} / each alone", together / singly, "times", "<=", 1 + noise(taken))]
+    if python:
+        theirs = statistics.median(run(python, "peers.py", job | {"peer": "saelens_multi", "best": False}))
+        rows.append(row(f"{where} saelens / ours", theirs / together, "times", ">=", 10))
+    return rows, taken
+
+
+def in_memory(job: dict[str, Any]) -> list[Row]:
+    """Most bytes of a step over parameters, touched gradients, moments and 1.5 · B·F in bfloat16."""
+    rows = []
+    for activation in job["activations"]:
+        found = run(sys.executable, "ours.py", job | {"what": "memory", "activation": activation})
+        planned = sum(found[part] for part in ("parameters", "gradients", "optimiser"))
+        planned += 1.5 * 2 * job["rows"] * job["width"]
+        name = f"F {job['width']} B {job['rows']} {activation} peak memory / plan"
+        rows.append(row(name, found["peak"] / planned, "times", "<=", 1))
+    return rows
+
+
+def harvest(job: dict[str, Any]) -> Row:
+    taken = {name: statistics.median(times) for name, times in run(sys.executable, "harvest.py", job).items()}
+    return row("harvest / bare forward, rows a second", taken["bare"] / taken["harvest"], "times", ">=", 0.95)
+
+
+def real_rows() -> str:
+    """The file of rows of layer 12, made if it is not there."""
+    from cluster.packages import cache
+
+    folder = cache() / "bench" / f"rows-{FILE_ROWS}"
+    build = f"import rows, pathlib; rows.build(pathlib.Path({str(folder)!r}), {FILE_ROWS}, 1024)"
+    paths = os.pathsep.join([str(HERE.parent / "quality"), str(ROOT)])
+    subprocess.run([sys.executable, "-c", build], env=os.environ | {"PYTHONPATH": paths}, check=True)
+    return str(folder / "train.npy")
 
 
 def noise(taken: dict[str, list[float]]) -> float:
@@ -106,11 +151,14 @@ def main() -> int:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--peers", help="Python of the peers' environment; without it they are left out")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--made", action="store_true", help="rows made up, without the model; harvest is left out")
     chosen = parser.parse_args()
-    rows, wavering = [], 0.0
+    rows, wavering, file = [], 0.0, None if chosen.made else real_rows()
+    if file:
+        rows.append(harvest({"threads": chosen.threads, "timed": chosen.timed}))
     for width in chosen.widths:
         for n_rows in chosen.rows:
-            job = {"columns": COLUMNS, "width": width, "rows": n_rows, "steps": chosen.timed + 3} | {
+            job = {"columns": COLUMNS, "width": width, "rows": n_rows, "file": file, "steps": chosen.timed + 3} | {
                 name: getattr(chosen, name) for name in ("k", "activations", "threads", "timed", "warmup", "clock")
             }
             found, taken = beside_floor(job)
@@ -118,6 +166,11 @@ def main() -> int:
             wavering = max(wavering, noise(taken))
             if chosen.peers:
                 rows += beside_peers(job, taken, chosen.peers)
+            if not chosen.check:
+                rows += in_memory(job)
+    if not chosen.check:
+        found, taken = beside_many(job | {"rows": chosen.rows[0]}, chosen.peers)
+        rows += found
     met = write("bench", rows, noise=wavering, arguments=vars(chosen))
     if chosen.check:
         fallen = behind(rows, wavering)
