@@ -250,6 +250,7 @@ def test_ctrl_c_then_kill__the_same_command_resumes_on_other_workers(sweep: dict
     assert not (third.output / "train").exists()
 
 
+@pytest.mark.chaos
 def test_a_fit_that_fails_for_good__says_why_on_its_last_line(sweep: dict, run_job) -> None:
     sweep["fit"] |= {"max_failures": 0}
     job = run_job(sweep)
