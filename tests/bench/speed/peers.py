@@ -7,6 +7,7 @@ Best settings are those that reference tables of these packages name: bf16 autoc
 import json
 import os
 import sys
+import tempfile
 import types
 from collections.abc import Callable
 from typing import Any
@@ -96,11 +97,36 @@ def sparsify(job: dict[str, Any], stream: Timed) -> None:
         optimiser.zero_grad()
 
 
+def llamascopium(job: dict[str, Any], stream: Timed) -> None:
+    """At its best without its metrics, which need all activations again."""
+    from llamascopium import Initializer, InitializerConfig, SAEConfig, Trainer, TrainerConfig
+
+    def batch_of(x_BD: torch.Tensor) -> dict[str, torch.Tensor]:
+        tokens_B = torch.ones(len(x_BD), dtype=torch.long)
+        return {"site": x_BD, "tokens": tokens_B, "mask": tokens_B.bool()}
+
+    config = SAEConfig(
+        hook_point_in="site", hook_point_out="site", d_model=job["columns"], top_k=job["k"], device="cpu",
+        expansion_factor=job["width"] / job["columns"], act_fn=job["activation"].replace("_", ""), dtype=torch.float32,
+    )  # fmt: skip
+    norm = torch.cat(stream.pool).norm(dim=1).mean().item()
+    sae = Initializer(InitializerConfig()).initialize_sae_from_config(
+        config, activation_stream=[batch_of(x_BD) for x_BD in stream.pool], activation_norm={"site": norm}
+    )
+    training = TrainerConfig(
+        amp_dtype=torch.bfloat16 if job["best"] else torch.float32, lr=RATE, lr_warm_up_steps=1, lr_cool_down_steps=1,
+        k_warmup_steps=0, total_training_tokens=job["steps"] * job["rows"], log_frequency=10 * job["steps"],
+        n_checkpoints=0, skip_metrics_calculation=job["best"], exp_result_path=tempfile.mkdtemp(),
+    )  # fmt: skip
+    Trainer(training).fit(sae=sae, activation_stream=map(batch_of, stream))
+
+
 PEERS: dict[str, Callable[[dict[str, Any], Timed], None]] = {
     "saelens": saelens,
     "saelens_multi": saelens_multi,
     "dictionary_learning": dictionary_learning,
     "sparsify": sparsify,
+    "llamascopium": llamascopium,
 }
 
 if __name__ == "__main__":

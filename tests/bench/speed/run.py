@@ -34,9 +34,11 @@ BESIDE = [  # peer, activation, at its best setting, how many times ours its ste
     ("saelens", "jumprelu", False, 15),
     ("dictionary_learning", "topk", False, 15),
     ("sparsify", "topk", False, 5),
+    ("llamascopium", "batch_topk", False, 3),
     ("saelens", "batch_topk", True, 3),
     ("dictionary_learning", "topk", True, 3),
     ("sparsify", "topk", True, 3),
+    ("llamascopium", "batch_topk", True, 3),
 ]
 
 
