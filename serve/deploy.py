@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
@@ -19,6 +20,7 @@ from sae.sites import Site
 from serve import app, passes, tokens
 from serve.catalog import Catalog
 from serve.compute import Answer, Work
+from serve.local import Local
 from serve.model import Model, Order
 from serve.problems import Problem
 from serve.replica import Dictionaries
@@ -30,18 +32,22 @@ from serve.tokens import Tokens
 INGRESS, DICTIONARIES, MODEL = "Ingress", "Dictionaries", "Model"
 ATTEMPTS = 3
 READY_SECONDS = 2.0
+NEAR_MEMORY = 2**29  # bytes of dictionaries that the ingress itself holds
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 T = TypeVar("T")
 
 
 class Replicas:
-    """The dictionaries of all replicas, through Ray's router."""
+    """The dictionaries of all replicas, through Ray's router; what takes less than the way there is computed here."""
 
-    def __init__(self) -> None:
+    def __init__(self, catalog: Catalog, near_bytes: float) -> None:
         app_name = ray_serve.get_replica_context().app_name
         self.handle = ray_serve.get_deployment_handle(DICTIONARIES, app_name=app_name)
+        self.catalog, self.near_bytes, self.near = catalog, near_bytes, Local(catalog, NEAR_MEMORY)
 
     async def run(self, digest: str, work: Work) -> Answer:
+        if work.n_rows * self.catalog.find(digest).bytes <= self.near_bytes:
+            return await self.near.run(digest, work)
         return await _somewhere(lambda: self.handle.options(multiplexed_model_id=digest).run.remote(work))
 
     async def ready(self) -> bool:
@@ -85,10 +91,13 @@ def build(args: Settings) -> ray_serve.Application:
         passes.check(args.model, args.model_ranks)
 
     def make() -> FastAPI:
+        torch.set_num_threads(args.threads)
         catalog = Catalog(source(args.catalog, Path(args.cache)))
         allowed = None if callers is None else Tokens(callers)
         reader = Models(args.model_name or args.model) if args.model else None
-        return app.create(Replicas(), catalog, allowed, args.limits, args.refresh_seconds, reader)
+        return app.create(
+            Replicas(catalog, args.near_mib * 2**20), catalog, allowed, args.limits, args.refresh_seconds, reader
+        )
 
     room = args.limits.concurrent
     refusal = BackpressureConfig(status_code=503, retry_after_s=args.limits.retry_seconds)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from serve.limits import Limits
 
@@ -24,6 +24,9 @@ class Settings(BaseModel):
     """Most rows that are computed together, of several requests."""
     replicas: PositiveInt = 1
     """That hold dictionaries, where the config file has no `autoscaling_config`."""
+    near_mib: NonNegativeFloat = 32.0
+    """Rows times a dictionary's weights up to which a request is computed where it arrives: that takes less time than
+    the way to a replica."""
     threads: PositiveInt = 1
     """Of torch, in a replica."""
     model: str | None = None

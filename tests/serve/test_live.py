@@ -24,6 +24,7 @@ from tests.published import KINDS, MODEL, make_config, make_dictionary, make_row
 from tests.serve.live import Endpoint, endpoint
 from tests.test_readme import blocks
 
+FAR = "near_mib: 0\n"  # everything goes to a replica
 README_NAME = "gemma-3-270m-batch_topk.resid_post.layer_9_width_4096_l0_32"
 
 
@@ -56,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("settings") / "settings.yaml"
-    path.write_text("")
+    path.write_text(FAR)
     return path
 
 
@@ -207,7 +208,7 @@ def test_hangup__what_cannot_start_gives_way_to_what_ran(live: Endpoint, setting
 
 def _hang_up(live: Endpoint, settings: Path, content: str, until: str, meanwhile=lambda: None) -> None:
     said = len(live.log.read_text())
-    settings.write_text(content)
+    settings.write_text(FAR + content)
     live.process.send_signal(signal.SIGHUP)
 
     def has_said() -> bool:
@@ -227,6 +228,21 @@ def test_killed_replica__is_not_noticed(live: Endpoint, catalog: Path) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
     (successor,) = live.processes("Dictionaries")
     assert successor.pid != victim.pid
+
+
+def test_few_rows__are_computed_where_they_arrive(live: Endpoint, settings: Path) -> None:
+    client, few, many = live.client(), torch.ones(3, 640), torch.ones(100, 640)
+    _hang_up(live, settings, "near_mib: 2", "deployed anew")  # of 640 KiB: 3 rows
+    before = client.encode(README_NAME, few)
+    (replica,) = live.processes("Dictionaries")
+    replica.send_signal(signal.SIGSTOP)
+    try:
+        after = client.encode(README_NAME, few)
+        with pytest.raises((Refused, TimeoutError)):
+            live.client(timeout=2, retries=0).encode(README_NAME, many)
+    finally:
+        replica.send_signal(signal.SIGCONT)
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_stop__leaves_no_process(live: Endpoint) -> None:

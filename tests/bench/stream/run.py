@@ -81,7 +81,7 @@ def resume_rows(fits: Fits, tokens: int, repeats: int) -> Iterator[Row]:
     """Seconds from the command's fit to its first step, from checkpoints early and late in the run."""
     asked = fits.recipe([12], ONE, tokens)
     steps = Order.of(asked).steps
-    places = [round(0.1 * steps), round(0.9 * steps)]
+    places = [round(0.1 * steps), 9 * round(0.1 * steps)]
     kept = fits.recipe([12], ONE, tokens, fit={"checkpoint_every_steps": places[0], "keep_checkpoints": 20})
     checkpoints = fits.run(kept).folder / "checkpoints"
     seconds: dict[int, list[float]] = {place: [] for place in places}
