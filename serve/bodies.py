@@ -34,7 +34,7 @@ async def read(receive: Receive, headers: Mapping[str, str], limits: Limits) -> 
         received += len(part := message.get("body", b""))
         if received > limits.body_bytes:
             raise too_large(limits)
-        if part := inflate(part):
+        if part := await inflate(part):
             parts.append(part)
         more = message.get("more_body", False)
     if declared is not None and declared != received:
@@ -61,7 +61,7 @@ def _declared(headers: Mapping[str, str], limits: Limits) -> int | None:
 class _Plain:
     """A body that is sent as it is."""
 
-    def __call__(self, part: bytes) -> bytes:
+    async def __call__(self, part: bytes) -> bytes:
         return part
 
     def finish(self) -> None:
@@ -69,14 +69,14 @@ class _Plain:
 
 
 class _Gzip(_Plain):
-    """Decompresses part by part, and never more than a byte above the limit."""
+    """Decompresses part by part, never more than a byte above the limit, while other requests have their turn."""
 
     def __init__(self, limits: Limits):
         self.stream, self.left, self.limits = zlib.decompressobj(wbits=31), limits.body_bytes + 1, limits
 
-    def __call__(self, part: bytes) -> bytes:
+    async def __call__(self, part: bytes) -> bytes:
         try:
-            inflated = self.stream.decompress(part, self.left)
+            inflated = await asyncio.to_thread(self.stream.decompress, part, self.left)
         except zlib.error:
             raise Problem(400, "the body is not gzip", headers=CLOSE) from None
         self.left -= len(inflated)
