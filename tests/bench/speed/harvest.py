@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "quality"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "quality"))  # its rows, not this folder's
 
 import rows
 
