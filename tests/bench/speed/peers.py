@@ -117,6 +117,7 @@ def llamascopium(job: dict[str, Any], stream: Timed) -> None:
         amp_dtype=torch.bfloat16 if job["best"] else torch.float32, lr=RATE, lr_warm_up_steps=1, lr_cool_down_steps=1,
         k_warmup_steps=0, total_training_tokens=job["steps"] * job["rows"], log_frequency=10 * job["steps"],
         n_checkpoints=0, skip_metrics_calculation=job["best"], exp_result_path=tempfile.mkdtemp(),
+        l1_coefficient_warmup_steps=1,
     )  # fmt: skip
     Trainer(training).fit(sae=sae, activation_stream=map(batch_of, stream))
 
