@@ -21,13 +21,6 @@ from serve.sources import source
 DEMO = "runs/demo/published"
 APPLICATION = "scopeworks"
 UNSOUND = (ValueError, OSError, yaml.YAMLError)  # what settings may be
-# HAProxy in place of Ray's own proxy, and no thread or event loop between a request and its route: 4 times as fast here
-# (tests/bench/LOG.md). A replica that goes is given 5 s, not 30, to finish.
-FAST = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
-}
 MOST = 10**4  # requests a second of the token that is made at the start: this machine's own
 
 
@@ -66,7 +59,6 @@ def _serve(arguments: argparse.Namespace) -> int:
     token = None if settings.insecure_local else _token_of_this_run()
     # What Ray reads when it is imported. Its own ports get a token that nobody knows.
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_SERVE_LOG_TO_STDERR="0")
-    os.environ.update(FAST)
     import ray
     from ray import serve as ray_serve
 
