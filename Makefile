@@ -45,7 +45,7 @@ test-quick: $(VENV)/.dev ## the tests that need seconds
 bench-quality: $(VENV)/.dev ## FVU and dead latents beside SAELens and dictionary_learning on the same rows (hours; resumes)
 	$(PY) tests/bench/quality/run.py $(QUALITY)
 
-bench: $(VENV)/.dev .venv-peers/.done ## a training step beside its floor and beside three other trainers (an hour; BENCH="--rows 2048 …")
+bench: $(VENV)/.dev .venv-peers/.done ## a training step beside its floor and beside four other trainers (an hour; BENCH="--rows 2048 …")
 	@$(PY) tests/bench/speed/run.py --peers .venv-peers/bin/python $(BENCH)
 
 bench-check: $(VENV)/.dev ## the same without the others, failing where it falls behind what is accepted (minutes)

@@ -121,13 +121,15 @@ def open_passes(folder: str, dtype: Type, ranks: int) -> Alone | Ranks:
 
 
 def check(folder: str, ranks: int) -> None:
-    """ValueError if there is no such model, or its heads cannot be cut so."""
+    """ValueError if there is no such Gemma 3, or its heads cannot be cut so."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder).get_text_config()
     except OSError as error:
         raise ValueError(f"model: {folder!r} is no Gemma 3 that could be read: {str(error).splitlines()[0]}") from None
+    if config.model_type != "gemma3_text":
+        raise ValueError(f"model: {folder!r} is a {config.model_type} model: name a Gemma 3")
     for heads, what in ((config.num_key_value_heads, "key-value"), (config.num_attention_heads, "attention")):
         if heads % ranks:
             raise ValueError(

@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM
+from transformers import Gemma3ForCausalLM, GPT2Config
 
 from serve.passes import check
 from tests.conftest import tiny_config, write_tokenizer
@@ -53,8 +53,11 @@ def _command(process: psutil.Process) -> str:
         return ""
 
 
-def test_what_cannot_be_loaded_or_shared__is_refused(tiny_gemma: Path) -> None:
+def test_what_cannot_be_loaded_or_shared__is_refused(tiny_gemma: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model_ranks: 2 ranks cannot share 1 key-value heads: choose a divisor of 1"):
         check(str(tiny_gemma), 2)
     with pytest.raises(ValueError, match="model: '/nowhere' is no Gemma 3 that could be read"):
         check("/nowhere", 1)
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a gpt2 model: name a Gemma 3"):
+        check(str(tmp_path), 1)
