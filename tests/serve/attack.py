@@ -37,8 +37,9 @@ class Reply(NamedTuple):
     body: bytes
 
 
-def answers(running: Endpoint, root: Path, count: int) -> list[Row]:
-    """Of all kinds, by eight callers at once, against a notebook's; and the same with one bit changed."""
+def answers(running: Endpoint, root: Path, count: int, where: str) -> list[Row]:
+    """Of all kinds, computed `where`, by eight callers at once, against a notebook's; and the same with one bit
+    changed."""
     client = running.client(retries=8)
     offline = {kind: artifact.read(root / "suite" / kind)[0] for kind in KINDS}
 
@@ -54,8 +55,8 @@ def answers(running: Endpoint, root: Path, count: int) -> list[Row]:
     with ThreadPoolExecutor(8) as pool:
         wrong = sum(pool.map(differs, range(count)))
     return [
-        row("answers compared", count, "answers", ">=", 1),
-        row("answers with other bits than offline", wrong, "wrong", "==", 0),
+        row(f"answers {where} compared", count, "answers", ">=", 1),
+        row(f"answers {where} with other bits than offline", wrong, "wrong", "==", 0),
         row("sabotage: one bit flipped", differs(0, flipped=True), "flagged", "==", 1),
     ]
 

@@ -35,7 +35,7 @@ def prepare(root: Path) -> None:
 
 
 def measure(running: Endpoint, root: Path, seconds: float) -> list[report.Row]:
-    rows = attack.answers(running, root, round(10 * seconds))
+    rows = attack.answers(running, root, round(10 * seconds), "of the ingress")
     rows += load.speed(running, root, WIDE, seconds)
     rows += load.overload(running, WIDE, seconds)
     rows += attack.fuzz(running, round(min(10_000, 100 * seconds)))
@@ -56,8 +56,12 @@ def main() -> int:
         root, settings = Path(folder) / "published", Path(folder) / "settings.yaml"
         prepare(root)
         settings.write_text(yaml.safe_dump({"limits": LIMITS.model_dump(), "replicas": 2}))
+        far = Path(folder) / "far.yaml"
+        far.write_text(yaml.safe_dump({"near_mib": 0}))
+        with endpoint(root, Path(folder) / "log-far", "--settings", str(far)) as running:
+            rows = attack.answers(running, root, round(10 * seconds), "of replicas")
         with endpoint(root, Path(folder) / "log", "--settings", str(settings)) as running:
-            rows = measure(running, root, seconds)
+            rows += measure(running, root, seconds)
             rows += load.rolling(running, WIDE, settings)
             rows.append(report.row("processes left after SIGTERM", len(running.stop()), "left", "==", 0))
     met = report.write("test-serve", rows, seconds=seconds, width=4096, d=640, limits=LIMITS.model_dump())

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import struct
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,12 +45,17 @@ def dense(features: list[dict] | Features, width: int) -> torch.Tensor:
     return f_BF
 
 
+def offline(service: Service, kind: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """What is listed of a dictionary, itself, and rows of a type with their latents and what is rebuilt."""
+    entry, dictionary = service.entry(kind), service.dictionary(kind)
+    rows_BD = make_rows(dictionary).to(dtype)
+    f_BF = dictionary.encode(rows_BD.float())
+    return entry, dictionary, rows_BD, f_BF, dictionary.decode(f_BF, rows_BD.float())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_json__equals_offline(service: Service, kind: str) -> None:
-    entry, dictionary = service.entry(kind), service.dictionary(kind)
-    x_BD = make_rows(dictionary)
-    f_BF = dictionary.encode(x_BD)
-    y_BD = dictionary.decode(f_BF, x_BD)
+    entry, dictionary, x_BD, f_BF, y_BD = offline(service, kind)
     encoded = post(service, kind, "encode", {"rows": by_site(entry.reads, x_BD)}).json()
     assert torch.equal(dense(encoded["features"], entry.width), f_BF)
     assert (encoded["dictionary"], encoded["digest"]) == (entry.id, entry.digest)
@@ -75,11 +81,8 @@ def fvu(dictionary: Dictionary, targets_BD: torch.Tensor, y_BD: torch.Tensor) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes__equal_offline(service: Service, kind: str, dtype: torch.dtype) -> None:
-    entry, dictionary = service.entry(kind), service.dictionary(kind)
-    rows = make_rows(dictionary).to(dtype)
+    entry, _, rows, f_BF, y_BD = offline(service, kind, dtype)
     x_BD = rows.float()
-    f_BF = dictionary.encode(x_BD)
-    y_BD = dictionary.decode(f_BF, x_BD)
     body, headers = raw.rows_to_bytes(rows)
     headers |= {"content-type": "application/octet-stream"}
     encoded = post(service, kind, "encode", body, headers)
@@ -121,10 +124,7 @@ def _site_columns(sites, x_BD: torch.Tensor, prefix: str = "") -> dict[str, pa.A
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_arrow__equals_offline(service: Service, kind: str) -> None:
-    entry, dictionary = service.entry(kind), service.dictionary(kind)
-    x_BD = make_rows(dictionary)
-    f_BF = dictionary.encode(x_BD)
-    y_BD = dictionary.decode(f_BF, x_BD)
+    entry, dictionary, x_BD, f_BF, y_BD = offline(service, kind)
     headers = {"content-type": arrow.MEDIA_TYPE}
     columns = _site_columns(entry.reads, x_BD)
 

@@ -50,27 +50,16 @@ def cost_rows(fits: Fits, tokens: int) -> Iterator[Row]:
               "<=", 0.10)  # fmt: skip
     for what in ("exchange", "windows"):
         yield row(f"of it {what}", many.by_work[what] / many.useful, "fraction", "<=", 0.10)
-    yield row(
-        "harvest of a row: 12 dictionaries against 1 on the same site",
-        per_row(twelve, "harvest") / per_row(one, "harvest"),
-        "x",
-        "<=",
-        1.1,
-    )
-    yield row(
-        "harvest of a row: 3 sites against the last of them",
-        per_row(many, "harvest") / per_row(four, "harvest"),
-        "x",
-        "<=",
-        1.1,
-    )
-    yield row(
-        "fit of a dictionary and row: on 3 sites against on 1",
-        per_row(many, "fit") / 3 / per_row(four, "fit"),
-        "x",
-        "<=",
-        1.2,
-    )
+    for name, ratio, most in [
+        ("harvest of a row: 12 dictionaries against 1 on the same site", _ratio(twelve, one, "harvest"), 1.1),
+        ("harvest of a row: 3 sites against the last of them", _ratio(many, four, "harvest"), 1.1),
+        ("fit of a dictionary and row: on 3 sites against on 1", _ratio(many, four, "fit") / 3, 1.2),
+    ]:
+        yield row(name, ratio, "x", "<=", most)
+
+
+def _ratio(a: Costs, b: Costs, what: str) -> float:
+    return per_row(a, what) / per_row(b, what)
 
 
 def per_row(costs: Costs, what: str) -> float:
