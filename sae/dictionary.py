@@ -34,8 +34,18 @@ class Dictionary:
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """Latent activations of raw rows. [B, F]"""
-        parts = [rows.product(x_BD[:, group.reads], w) for group, w in zip(self.shape.groups, self.w_enc, strict=True)]
-        pre_BF = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)) + self.b_enc_F
+        return self.latents(self.pre_activations(x_BD))
+
+    def pre_activations(self, x_BD: Tensor) -> Tensor:
+        """x·w_enc + b_enc of raw rows. [B, F]"""
+        parts = [
+            rows.product(x_BD[:, group.reads], w, self.b_enc_F[group.latents])
+            for group, w in zip(self.shape.groups, self.w_enc, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def latents(self, pre_BF: Tensor) -> Tensor:
+        """Latent activations, of pre-activations. [B, F]"""
         latents_BF = pre_BF.clamp_min(0) * (pre_BF > self.threshold_F)
         if self.k is None:
             return latents_BF

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def product(x_BD: Tensor, w: Tensor) -> Tensor:
-    """x·w for w [D, F], or w that is `packed`. [B, F]"""
+def product(x_BD: Tensor, w: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """x·w + bias for w [D, F], or w that is `packed`. [B, F]"""
     if w.layout == torch._mkldnn:  # type: ignore[attr-defined]
-        return _linear(x_BD, w)
-    return _linear(x_BD, w.T) if _by_row(x_BD, w) else x_BD @ w
+        return _linear(x_BD, w, bias_F)
+    if _by_row(x_BD, w):
+        return _linear(x_BD, w.T, bias_F)
+    return x_BD @ w if bias_F is None else x_BD @ w + bias_F
 
 
 def packed(w_DF: Tensor) -> Tensor:
@@ -35,9 +37,9 @@ def weighted_sum(values_BF: Tensor, w_FD: Tensor) -> Tensor:
     )
 
 
-def _linear(x_BD: Tensor, w_FD: Tensor) -> Tensor:
+def _linear(x_BD: Tensor, w_FD: Tensor, bias_F: Tensor | None) -> Tensor:
     at_least_two = x_BD.expand(2, -1) if len(x_BD) == 1 else x_BD
-    return torch.ops.mkldnn._linear_pointwise(at_least_two.contiguous(), w_FD, None, "none", [], "")[: len(x_BD)]
+    return torch.ops.mkldnn._linear_pointwise(at_least_two.contiguous(), w_FD, bias_F, "none", [], "")[: len(x_BD)]
 
 
 def _by_row(x: Tensor, w: Tensor) -> bool:

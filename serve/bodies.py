@@ -26,7 +26,8 @@ async def read(receive: Receive, headers: Mapping[str, str], limits: Limits) -> 
     while more:
         try:
             seconds = min(limits.idle_seconds, deadline - loop.time())
-            message = await asyncio.wait_for(receive(), max(seconds, 0.001))
+            async with asyncio.timeout(max(seconds, 0.001)):
+                message = await receive()
         except TimeoutError:
             raise Problem(408, "the body came too slowly", headers=CLOSE) from None
         if message["type"] == "http.disconnect":

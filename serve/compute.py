@@ -15,7 +15,7 @@ from sae.dictionary import Dictionary
 from serve.problems import Problem
 
 Operation = Literal["encode", "decode", "reconstruct", "describe"]
-TILE = 2**23  # latents of rows that are dense in memory at once; 32 MiB
+TILE = 2**22  # latents of rows that are dense in memory at once; 16 MiB
 
 
 class Features(NamedTuple):
@@ -93,8 +93,8 @@ def compute(dictionary: Dictionary, works: list[Work]) -> list[Answer]:
     with torch.inference_mode():
         parts: list[list[Answer]] = [[] for _ in works]
         encoded = [n for n, work in enumerate(works) if work.operation in ("encode", "reconstruct")]
-        for n, at, f_BF in _encoded(dictionary, [(n, _rows(works[n].x)) for n in encoded]):
-            parts[n].append(_part(dictionary, works[n], at, f_BF))
+        for n, at, pre_BF in _encoded(dictionary, [(n, _rows(works[n].x)) for n in encoded]):
+            parts[n].append(_part(dictionary, works[n], at, pre_BF))
         for n, work in enumerate(works):
             if work.operation == "decode":
                 parts[n] = [_rebuilt(dictionary, work, at, f_BF) for at, f_BF in _dense(dictionary, work)]
@@ -108,18 +108,18 @@ def tile_rows(dictionary: Dictionary) -> int:
 
 
 def _encoded(dictionary: Dictionary, posted: list[tuple[int, Tensor]]) -> Iterator[tuple[int, slice, Tensor]]:
-    """(request, its rows, their latents) for all rows, tile by tile."""
+    """(request, its rows, their pre-activations) for all rows, tile by tile."""
     if not posted:
         return
     together = torch.cat([x for _, x in posted]) if len(posted) > 1 else posted[0][1]
     size = tile_rows(dictionary)
     for first in range(0, len(together), size):
-        f_BF = dictionary.encode(together[first : first + size])
+        pre_BF = dictionary.pre_activations(together[first : first + size])
         start = 0
         for n, x in posted:
-            low, high = max(start, first), min(start + len(x), first + len(f_BF))
+            low, high = max(start, first), min(start + len(x), first + len(pre_BF))
             if low < high:
-                yield n, slice(low - start, high - start), f_BF[low - first : high - first]
+                yield n, slice(low - start, high - start), pre_BF[low - first : high - first]
             start += len(x)
 
 
@@ -137,8 +137,10 @@ def _dense(dictionary: Dictionary, work: Work) -> Iterator[tuple[slice, Tensor]]
         yield slice(first, last), f_BF
 
 
-def _part(dictionary: Dictionary, work: Work, at: slice, f_BF: Tensor) -> Answer:
-    return select(f_BF, work.selection) if work.operation == "encode" else _rebuilt(dictionary, work, at, f_BF)
+def _part(dictionary: Dictionary, work: Work, at: slice, pre_BF: Tensor) -> Answer:
+    if work.operation == "encode":
+        return select(dictionary, pre_BF, work.selection)
+    return _rebuilt(dictionary, work, at, dictionary.latents(pre_BF))
 
 
 def _rebuilt(dictionary: Dictionary, work: Work, at: slice, f_BF: Tensor) -> Rebuilt:
@@ -159,23 +161,41 @@ def _fvu(dictionary: Dictionary, y_BD: np.ndarray, rebuilt_BD: np.ndarray) -> np
     return np.mean(ratios, axis=0).astype(np.float32)
 
 
-def select(f_BF: Tensor, selection: Selection) -> Features | Problem:
-    """The pairs that are wanted of some rows' latents."""
+def select(dictionary: Dictionary, pre_BF: Tensor, selection: Selection) -> Features | Problem:
+    """The pairs that are wanted of some rows' latents, of their pre-activations: of latents no matrix is written."""
+    if dictionary.k is not None:
+        pre_BF = dictionary.latents(pre_BF)  # 0 but for the k largest
+    above_F = dictionary.threshold_F.clamp_min(selection.threshold)
     if selection.only:
         chosen = torch.tensor(selection.only)
-        f_BF = f_BF[:, chosen]
-    mask_BF = f_BF > selection.threshold
-    if selection.top_k is not None and selection.top_k < f_BF.shape[1]:
-        largest = f_BF.topk(selection.top_k, dim=1, sorted=False).indices
-        mask_BF &= torch.zeros_like(mask_BF).scatter_(1, largest, True)
-    if mask_BF.sum() > selection.limit:
+        pre_BF, above_F = pre_BF[:, chosen], above_F[chosen]
+    rows_P, latents_P = (pre_BF > above_F).nonzero(as_tuple=True)
+    values_P = pre_BF[rows_P, latents_P]
+    if selection.top_k is not None:
+        kept_P = _largest(rows_P, values_P, len(pre_BF), selection.top_k)
+        rows_P, latents_P, values_P = rows_P[kept_P], latents_P[kept_P], values_P[kept_P]
+    if len(values_P) > selection.limit:
         return _too_many(selection.limit)
-    rows_P, latents_P = mask_BF.nonzero(as_tuple=True)
-    values_P = f_BF[rows_P, latents_P]
     if selection.only:
         latents_P = chosen[latents_P]
-    offsets = torch.searchsorted(rows_P.contiguous(), torch.arange(len(f_BF) + 1))
-    return Features(offsets.numpy(), latents_P.int().numpy(), values_P.numpy())
+    return Features(_starts(rows_P, len(pre_BF)).numpy(), latents_P.int().numpy(), values_P.numpy())
+
+
+def _starts(rows_P: Tensor, n_rows: int) -> Tensor:
+    """[B + 1]"""
+    return torch.searchsorted(rows_P.contiguous(), torch.arange(n_rows + 1))
+
+
+def _largest(rows_P: Tensor, values_P: Tensor, n_rows: int, count: int) -> Tensor:
+    """Which pairs are among the `count` largest of their row. [P]"""
+    starts = _starts(rows_P, n_rows)
+    most = int(starts.diff().max())
+    if most <= count:
+        return torch.ones_like(rows_P, dtype=torch.bool)
+    places_P = torch.arange(len(rows_P)) - starts[rows_P]
+    values_BX = torch.zeros(n_rows, most).index_put((rows_P, places_P), values_P)  # all that are there are positive
+    largest = values_BX.topk(count, dim=1, sorted=False).indices
+    return torch.zeros(n_rows, most, dtype=torch.bool).scatter_(1, largest, True)[rows_P, places_P]
 
 
 def _too_many(limit: int) -> Problem:

@@ -38,7 +38,8 @@ class Limits(BaseModel):
     changes: PositiveInt = 32
     """Latents that are changed in one answer."""
     concurrent: PositiveInt = 16
-    """Requests in the house. The next is refused at once: a longer queue only makes all that wait in it late."""
+    """Requests in the house; the next is refused at once. What is let in takes at most about the time of so many: few
+    keep answers fast under overload, many keep callers who come together from being sent away."""
     answer_seconds: PositiveFloat = Field(30.0)
     """Until a replica has answered."""
     retry_seconds: PositiveInt = 1
@@ -48,6 +49,7 @@ class Limits(BaseModel):
 async def in_time(answer: Awaitable[T], limits: Limits) -> T:
     """Problem if no replica gives it before the request has waited long enough."""
     try:
-        return await asyncio.wait_for(answer, limits.answer_seconds)
+        async with asyncio.timeout(limits.answer_seconds):  # wait_for would make a task of its own
+            return await answer
     except TimeoutError:
         raise Problem(503, "no replica answered in time", retry_after=limits.retry_seconds) from None

@@ -3,6 +3,7 @@
 import asyncio
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from ray import serve as ray_serve
@@ -19,12 +20,19 @@ MOST_DICTIONARIES = 1000  # by number; bytes are what limits them
 BATCH_ROWS = 4096
 
 
-def rows_of(works: list[Work]) -> int:
-    return sum(work.n_rows for work in works)
+class Asked(NamedTuple):
+    """Some work with a dictionary."""
+
+    digest: str
+    work: Work
+
+
+def rows_of(asked: list[Asked]) -> int:
+    return sum(one.work.n_rows for one in asked)
 
 
 class Dictionaries:
-    """Each request comes with the digest of its dictionary as the id that Ray routes by."""
+    """Most requests come with the digest of their dictionary as the id that Ray routes by."""
 
     def __init__(self, settings: Settings):
         os.nice(NICENESS)
@@ -33,13 +41,12 @@ class Dictionaries:
         self.local = Local(catalog, int(settings.memory_gib * 2**30))
         self.together.set_max_batch_size(settings.batch_rows)  # type: ignore[attr-defined]
 
-    async def run(self, work: Work) -> Answer:
-        digest = ray_serve.get_multiplexed_model_id()
+    async def run(self, digest: str, work: Work) -> Answer:
         await self.announce(digest)
         try:
             # Before the batch: while one dictionary is loaded, batches of others go on.
             await self.local.dictionary(digest)
-            return await self.together(work)
+            return await self.together(Asked(digest, work))
         except Problem as problem:
             return problem  # raised, it would arrive wrapped
 
@@ -53,6 +60,11 @@ class Dictionaries:
 
     # No wait for company: what came while the last batch was computed is the next.
     @ray_serve.batch(max_batch_size=BATCH_ROWS, batch_wait_timeout_s=0, max_concurrent_batches=1, batch_size_fn=rows_of)
-    async def together(self, works: list[Work]) -> list[Answer]:
-        dictionary = await self.local.dictionary(ray_serve.get_multiplexed_model_id())
-        return await asyncio.to_thread(compute, dictionary, works)
+    async def together(self, asked: list[Asked]) -> list[Answer]:
+        answers: dict[int, Answer] = {}
+        for digest in dict.fromkeys(one.digest for one in asked):
+            dictionary = await self.local.dictionary(digest)
+            mine = [n for n, one in enumerate(asked) if one.digest == digest]
+            found = await asyncio.to_thread(compute, dictionary, [asked[n].work for n in mine])
+            answers |= zip(mine, found, strict=True)
+        return [answers[n] for n in range(len(asked))]

@@ -25,8 +25,8 @@ class Settings(BaseModel):
     replicas: PositiveInt = 1
     """That hold dictionaries, where the config file has no `autoscaling_config`."""
     near_mib: NonNegativeFloat = 32.0
-    """Rows times a dictionary's weights up to which a request is computed where it arrives: that takes less time than
-    the way to a replica."""
+    """Rows times a dictionary's weights up to which a request is computed where it arrives, and holds up all others
+    meanwhile: that takes less time than the way to a replica."""
     threads: PositiveInt = 1
     """Of torch, in a replica."""
     model: str | None = None

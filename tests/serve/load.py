@@ -133,10 +133,10 @@ def shoot(running: Endpoint, name: str, rate: float, seconds: float) -> list[See
     return asyncio.run(all_of_them())
 
 
-def capacity(running: Endpoint, name: str, seconds: float) -> float:
-    """Requests a second of callers that wait for their answers."""
+def capacity(running: Endpoint, name: str, callers: int, seconds: float) -> float:
+    """Requests a second of as many callers as are let in, who wait for their answers."""
     client, x_BD = running.client(), torch.randn(ROWS, 640)
-    return _per_second(lambda: client.encode(name, x_BD, top_k=32), 8, seconds)
+    return _per_second(lambda: client.encode(name, x_BD, top_k=32), callers, seconds)
 
 
 def p99(values: list[float]) -> float:
@@ -149,8 +149,8 @@ def memory(running: Endpoint) -> float:
     return float(sum(process.memory_info().rss for process in processes))
 
 
-def overload(running: Endpoint, name: str, seconds: float) -> list[Row]:
-    most = capacity(running, name, seconds / 4)
+def overload(running: Endpoint, name: str, callers: int, seconds: float) -> list[Row]:
+    most = capacity(running, name, callers, seconds / 4)
     calm = shoot(running, name, most / 2, seconds / 2)
     before = memory(running)
     busy = shoot(running, name, 2 * most, seconds)
