@@ -256,10 +256,15 @@ class JumpReLU(Activation):
         return 0.0
 
     def select(self, pre_BF: Tensor, n_rows: int, now: Now) -> Pairs:
-        """Active pairs, and those below their threshold by less than half the bandwidth, with value 0."""
-        threshold_F = self.state["threshold"].clamp_(min=0)
-        pairs = Pairs.where(pre_BF > (threshold_F - self.settings.bandwidth / 2).clamp_min(0), pre_BF)
-        active_P = pairs.pre_P > threshold_F[pairs.latents_P]
+        return self.among(Pairs.where(pre_BF > self.floor(), pre_BF), n_rows, now)
+
+    def floor(self) -> Tensor:
+        """The pre-activation above which a pair has a gradient. [F]"""
+        return (self.state["threshold"].clamp_(min=0) - self.settings.bandwidth / 2).clamp_min(0)
+
+    def among(self, pairs: Pairs, n_rows: int, now: Now) -> Pairs:
+        """The same pairs, all above `floor`; those that are not above their threshold have value 0."""
+        active_P = pairs.pre_P > self.state["threshold"][pairs.latents_P]
         if self.settings.penalty != "quadratic":
             self._control(self._active(pairs.pre_P * active_P) / n_rows, now)
         return pairs._replace(values_P=pairs.pre_P * active_P)

@@ -1,5 +1,6 @@
-"""The step of TopK and BatchTopK dictionaries of one group: on a GPU nothing is read back by the host, and gradients of
-matrices go straight into Adam, a row at a time, without ever being written.
+"""The step of TopK, BatchTopK and, on a CPU, JumpReLU dictionaries of one group: on a GPU nothing is read back by the
+host, and gradients of matrices go straight into Adam, a row at a time, without ever being written; nor are all of a
+batch's pre-activations.
 
 On a GPU products are of bfloat16 with float32 sums; weights, biases and moments are float32. `sae.objective` has the
 same loss for every kind, activation and option; tests/sae/test_fused.py holds the two equal.
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae.activations import THRESHOLD_MEMORY
+from sae.activations import THRESHOLD_MEMORY, JumpReLU
 from sae.kernels import Kernels
 from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix
 from sae.kernels.rates import ADAM_EPS, adam_rates
-from sae.pairs import Pairs
+from sae.pairs import DENSE_SHARE, Pairs
 from sae.schedule import Now
 from sae.spec import DictionarySpec
 from sae.team import Team
@@ -27,24 +28,33 @@ if TYPE_CHECKING:
 MATRICES = ("w_enc.0", "w_dec.0")
 
 
-def covers(spec: DictionarySpec, team: Team) -> bool:
+def covers(spec: DictionarySpec, team: Team, device: torch.device) -> bool:
     """Whether a dictionary can be stepped here."""
     options = spec.options
     one_group = spec.kind in ("sae", "transcoder") or (spec.kind == "crosscoder" and not options.causal)
     plain = options.matryoshka is None and options.auxk is None and options.preactivation is None
-    return spec.activation in ("topk", "batch_topk") and one_group and plain and team.alone
+    counted = spec.activation == "jumprelu"  # its pairs, which the host must not read from a GPU
+    here = spec.activation in STEPS and (device.type == "cpu" or not counted)
+    return here and one_group and plain and team.alone
+
+
+class TooDense(Exception):
+    """So many pairs have a gradient that dense products are faster; nothing was changed."""
+
+
+def fused_step(dictionary: TrainingDictionary, kernels: Kernels, product_type: torch.dtype) -> FusedStep:
+    return STEPS[dictionary.spec.activation](dictionary, kernels, product_type)
 
 
 class FusedStep:
-    """The steps of one dictionary, with copies of its matrices in the type of the products.
+    """The steps of one dictionary, here of a TopK, with copies of its matrices in the type of the products.
 
     All steps use the same tensors, so that they can be recorded.
     """
 
     def __init__(self, dictionary: TrainingDictionary, kernels: Kernels, product_type: torch.dtype):
         self.dictionary, self.kernels, self.product_type = dictionary, kernels, product_type
-        self.by_row = dictionary.spec.activation == "topk"
-        self.parameters, self.betas = dictionary.parameters, dictionary.spec.training.adam_betas
+        self.parameters, self.betas = dictionary.learned, dictionary.spec.training.adam_betas
         self.rates = self.parameters["b_dec"].new_zeros(5)
         self.rate = self.rates.new_zeros(())
         columns = zip(dictionary.shape.read_columns, dictionary.shape.write_columns, strict=True)
@@ -57,11 +67,10 @@ class FusedStep:
         )
         self.versions = self._versions()
         self.n_rows = 0
-        self.cut: Tensor  # the smallest activation of a batch
 
     def step(self, x_BD: Tensor, y_BD: Tensor, now: Now) -> None:
-        """One step of Adam. Then `error_BD` is ŷ − y [B, d_out], `squared_error` its squares' sum, `variance` that of
-        y's squared distances to its mean, `values_P` the activations."""
+        """One step of Adam, or TooDense. Then `error_BD` is ŷ − y [B, d_out], `squared_error` its squares' sum,
+        `variance` that of y's squared distances to its mean, `values_P` the activations."""
         mine, number = self.dictionary, int(self.dictionary.steps_done) + 1
         if len(x_BD) != self.n_rows:
             self._allocate(len(x_BD))
@@ -74,10 +83,11 @@ class FusedStep:
         rates = self.rates.new_tensor(adam_rates(number, now.learning_rate, self.betas), device="cpu")
         self.rates.copy_(rates.pin_memory() if x_BD.is_cuda else rates, non_blocking=True)
         self.rate.fill_(now.learning_rate)
-        self.values_P, self.squared_error = self.body(round(now.l0 if self.by_row else now.l0 * len(x_BD)))
-        if number == 1 and not self.by_row and not mine.taken_over:
-            mine.activation.state["threshold"].copy_(self.cut)
+        self.values_P, self.squared_error = self._run(now, number)
         self.versions = self._versions()
+
+    def _run(self, now: Now, number: int) -> tuple[Tensor, Tensor]:
+        return self.body(round(now.l0))
 
     def _body(self, count: int) -> tuple[Tensor, Tensor]:
         """All that is launched between the inputs of a batch and its error; the activations [P], and the error's sum of
@@ -90,34 +100,41 @@ class FusedStep:
         squared_error = self.kernels.rebuild(
             entries, pairs.values_P, self.w_dec.copy, self.error_BD, 2 / self.n_rows, self.grad_BD
         )
-        self._learn(entries, by_latent(), pairs.values_P)
+        self._learn(entries, by_latent(), pairs)
         return pairs.values_P, squared_error
 
     def _select(self, count: int) -> Pairs:
-        encoder = Encoder([self.w_enc.copy], self.parameters["b_enc"], self.dictionary.shape.groups)
-        pairs = self.kernels.select_topk(self.centred_BD, encoder, count, "row" if self.by_row else "batch")
-        if not self.by_row:
-            enough = len(pairs.values_P) >= count  # else all positive ones are active
-            self.cut = pairs.values_P.min() if enough else pairs.values_P.new_zeros(())
-            self.dictionary.activation.state["threshold"].lerp_(self.cut, 1 - THRESHOLD_MEMORY)
-        return pairs
+        return self.kernels.select_topk(self.centred_BD, self._encoder(), count, "row")
+
+    def _largest_of_batch(self, count: int) -> tuple[Pairs, Tensor]:
+        """And the smallest of them."""
+        pairs = self.kernels.select_topk(self.centred_BD, self._encoder(), count, "batch")
+        enough = len(pairs.values_P) >= count  # else all positive ones are active
+        return pairs, pairs.values_P.min() if enough else pairs.values_P.new_zeros(())
+
+    def _encoder(self) -> Encoder:
+        return Encoder([self.w_enc.copy], self.parameters["b_enc"], self.dictionary.shape.groups)
 
     def _in_order(self, entries: Entries, pairs: Pairs) -> ByLatent:
         self.dictionary.idle.update(pairs, self.n_rows)
         return entries.by_latent
 
-    def _learn(self, entries: Entries, by_latent: ByLatent, values_P: Tensor) -> None:
-        grad_values_P = self.kernels.fit_decoder(self.w_dec, entries, values_P, self.grad_BD, self.rates)
-        grad_pre_P = grad_values_P * (values_P > 0)
+    def _backward(self, pairs: Pairs, grad_values_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients of the pre-activations [P], and of what the activation learns."""
+        return grad_values_P * (pairs.values_P > 0), {}
+
+    def _learn(self, entries: Entries, by_latent: ByLatent, pairs: Pairs) -> None:
+        grad_values_P = self.kernels.fit_decoder(self.w_dec, entries, pairs.values_P, self.grad_BD, self.rates)
+        grad_pre_P, learned = self._backward(pairs, grad_values_P)
         b_enc, b_dec = self.kernels.latent_sums(by_latent, grad_pre_P), self.grad_BD.sum(0, dtype=self.rates.dtype)
         if self.dictionary.spec.autoencodes:  # b_dec is also what is subtracted from the input
             b_dec -= b_enc.to(self.product_type) @ self.w_enc.copy
         skips = {name: self.centred_BD[:, reads].T @ self.grad_BD[:, writes] for name, reads, writes in self.skips}
-        self._step_others({"b_enc": b_enc, "b_dec": b_dec} | skips)
+        self._step_others({"b_enc": b_enc, "b_dec": b_dec} | skips | learned)
         self.kernels.fit_rows(self.w_enc, by_latent, grad_pre_P, entries.rows_P, self.centred_BD, self.rates, None)
 
     def _step_others(self, gradients: dict[str, Tensor]) -> None:
-        """Adam on biases and skips; the number of steps of every parameter."""
+        """Adam on all but the matrices; the number of steps of every parameter."""
         states = {name: self.dictionary.optimiser.state[self.parameters[name]] for name in self.parameters}
         torch._foreach_add_([state["step"] for state in states.values()], 1)
         of = [states[name] for name in gradients]
@@ -149,3 +166,55 @@ class FusedStep:
 
     def _versions(self) -> list[int]:
         return [matrix.weights._version for matrix in (self.w_enc, self.w_dec)]
+
+
+class FusedBatchTopK(FusedStep):
+    """The steps of a BatchTopK."""
+
+    cut: Tensor
+    """The smallest activation of a batch."""
+
+    def _run(self, now: Now, number: int) -> tuple[Tensor, Tensor]:
+        done = self.body(round(now.l0 * self.n_rows))
+        if number == 1 and not self.dictionary.taken_over:
+            self.dictionary.activation.state["threshold"].copy_(self.cut)
+        return done
+
+    def _select(self, count: int) -> Pairs:
+        pairs, self.cut = self._largest_of_batch(count)
+        self.dictionary.activation.state["threshold"].lerp_(self.cut, 1 - THRESHOLD_MEMORY)
+        return pairs
+
+
+class FusedJumpReLU(FusedStep):
+    """The steps of a JumpReLU, while few of its pairs have gradients."""
+
+    now: Now
+
+    def _run(self, now: Now, number: int) -> tuple[Tensor, Tensor]:
+        self.now = now
+        if number == 1 and not self.dictionary.taken_over:
+            activation = self._activation()
+            published = activation.settings.threshold_start
+            start = self._largest_of_batch(round(now.l0 * self.n_rows))[1] if published is None else published
+            activation.state["threshold"].fill_(start)
+        return self.body(0)
+
+    def _select(self, count: int) -> Pairs:
+        activation = self._activation()
+        pairs = self.kernels.select_threshold(self.centred_BD, self._encoder(), activation.floor())
+        if len(pairs.rows_P) > DENSE_SHARE * self.n_rows * self.dictionary.shape.width:
+            raise TooDense
+        return activation.among(pairs, self.n_rows, self.now)
+
+    def _backward(self, pairs: Pairs, grad_values_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        activation = self._activation()
+        grad_pre_P = activation.backward(pairs, grad_values_P, self.n_rows, self.now)
+        return grad_pre_P, activation.gradients
+
+    def _activation(self) -> JumpReLU:
+        assert isinstance(self.dictionary.activation, JumpReLU)
+        return self.dictionary.activation
+
+
+STEPS = {"topk": FusedStep, "batch_topk": FusedBatchTopK, "jumprelu": FusedJumpReLU}

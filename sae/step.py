@@ -10,7 +10,7 @@ from sae.activations import ACTIVATIONS
 from sae.dead import Idle, badly_rebuilt_rows, resampling_due
 from sae.dictionary import Dictionary
 from sae.fold import Scales, Trained, fold
-from sae.fused import FusedStep, covers
+from sae.fused import FusedStep, TooDense, covers, fused_step
 from sae.kernels import for_device
 from sae.metrics import FitSums
 from sae.objective import Objective
@@ -63,14 +63,10 @@ class TrainingDictionary:
 
         The loss is the squared error summed over D and averaged over B, plus what activation and options add.
         """
-        if self.fused:
-            error_BD = self._step_fused(self.fused, x_BD, y_BD, progress)
-        else:
-            error_BD = self.set_gradients(x_BD, y_BD, progress)
-            for group in self.optimiser.param_groups:
-                group["lr"] = self._now(progress).learning_rate
-            self.optimiser.step()
-            self._normalise()
+        try:
+            error_BD = (self._step_fused if self.fused else self._step_plain)(x_BD, y_BD, progress)
+        except TooDense:
+            error_BD = self._step_plain(x_BD, y_BD, progress)
         if self.spec.options.auxk is not None:
             self.activation.relax(self.idle.dead)
         if resampling_due(self.spec, self.progress_done.item(), progress):
@@ -78,7 +74,19 @@ class TrainingDictionary:
         self.steps_done += 1
         self.progress_done.fill_(progress)
 
-    def _step_fused(self, fused: FusedStep, x_BD: Tensor, y_BD: Tensor, progress: float) -> Tensor:
+    def _step_plain(self, x_BD: Tensor, y_BD: Tensor, progress: float) -> Tensor:
+        error_BD = self.set_gradients(x_BD, y_BD, progress)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self._now(progress).learning_rate
+        self.optimiser.step()
+        for parameter in self.learned.values():
+            parameter.grad = None  # as large as all the rest of a step
+        self._normalise()
+        return error_BD
+
+    def _step_fused(self, x_BD: Tensor, y_BD: Tensor, progress: float) -> Tensor:
+        fused = self.fused
+        assert fused is not None
         if self.steps_done == 0:
             self._start(x_BD, y_BD, len(x_BD), self._now(progress))
         fused.step(x_BD, y_BD, self._now(progress))
@@ -87,10 +95,10 @@ class TrainingDictionary:
 
     def _fused(self) -> FusedStep | None:
         """For what it can step; `sae.objective` does all."""
-        if not covers(self.spec, self.team):
+        if not covers(self.spec, self.team, self.device):
             return None
         parameter_type = self.parameters["b_dec"].dtype
-        return FusedStep(
+        return fused_step(
             self, for_device(self.device), torch.bfloat16 if self.device.type == "cuda" else parameter_type
         )
 

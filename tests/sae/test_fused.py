@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae.fused import FusedStep, covers
+from sae.fused import covers, fused_step
 from sae.kernels import Kernels
 from sae.kernels.cpu import Cpu
 from sae.kernels.reference import Reference
@@ -23,7 +23,7 @@ def kernels(request) -> Kernels:
 def pair_of_dictionaries(spec, kernels: Kernels) -> tuple[TrainingDictionary, TrainingDictionary]:
     torch.set_num_threads(1)  # on a shared machine more only wait for each other
     plain, fused = (TrainingDictionary(spec, SITE_WIDTHS, torch.device("cpu"), torch.float64) for _ in range(2))
-    plain.fused, fused.fused = None, FusedStep(fused, kernels, torch.float64)
+    plain.fused, fused.fused = None, fused_step(fused, kernels, torch.float64)
     return plain, fused
 
 
@@ -33,7 +33,7 @@ def assert_same(plain: TrainingDictionary, fused: TrainingDictionary) -> None:
         torch.testing.assert_close(state[name], expected, rtol=1e-9, atol=1e-12, msg=name, check_dtype=False)
 
 
-@pytest.mark.parametrize("activation", ["topk", "batch_topk"])
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
 @pytest.mark.parametrize("kind", COVERED)
 def test_fused_steps__equal_those_of_the_objective(kind: str, activation: str, kernels: Kernels) -> None:
     spec = make_spec(kind, activation, dead_after_rows=100, resampling=Resampling(at=(0.45,)))
@@ -46,6 +46,24 @@ def test_fused_steps__equal_those_of_the_objective(kind: str, activation: str, k
     assert fused.sums.take() == pytest.approx(plain.sums.take())
 
 
+@pytest.mark.parametrize("penalty", ["linear", "quadratic", "tanh"])
+def test_jumprelu__that_starts_dense_becomes_sparse_like_the_objective(
+    penalty: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A published threshold lets half of all latents be active at first, which is stepped by dense products."""
+    start = {"jumprelu": {"threshold_start": 0.0, "penalty": penalty}, "learning_rate": 0.02}
+    plain, fused = pair_of_dictionaries(make_spec("sae", "jumprelu", training=start), kernels)
+    dense, step_plain = [], fused._step_plain
+    monkeypatch.setattr(fused, "_step_plain", lambda *given: dense.append(given[2]) or step_plain(*given))
+    for step in range(40):
+        x, y = (rows.double() for rows in make_rows(make_spec("sae"), step))
+        for dictionary in (plain, fused):
+            dictionary.step(x, y, progress=(step + 1) / 40)
+    assert_same(plain, fused)
+    assert dense[0] == 1 / 40
+    assert dense[-1] < 1
+
+
 def test_fused_steps__go_on_from_a_state(kernels: Kernels) -> None:
     spec = make_spec("sae", "batch_topk")
     plain, fused = pair_of_dictionaries(spec, kernels)
@@ -53,7 +71,7 @@ def test_fused_steps__go_on_from_a_state(kernels: Kernels) -> None:
     for step in range(3):
         plain.step(*rows[step], progress=0.5)
     fused.load(plain.state())
-    fused.fused = FusedStep(fused, kernels, torch.float64)
+    fused.fused = fused_step(fused, kernels, torch.float64)
     for step in range(3, 6):
         plain.step(*rows[step], progress=0.5)
         fused.step(*rows[step], progress=0.5)
@@ -63,7 +81,8 @@ def test_fused_steps__go_on_from_a_state(kernels: Kernels) -> None:
 def test_covers__what_is_tested_here_and_nothing_else() -> None:
     for kind in KINDS:
         for activation in ACTIVATIONS:
-            expected = kind in COVERED and activation in ("topk", "batch_topk")
-            assert covers(make_spec(kind, activation), ALONE) == expected
+            spec, fused = make_spec(kind, activation), ("topk", "batch_topk", "jumprelu")
+            assert covers(spec, ALONE, torch.device("cpu")) == (kind in COVERED and activation in fused)
+            assert covers(spec, ALONE, torch.device("cuda")) == (kind in COVERED and activation in fused[:2])
     for option in ("auxk", "matryoshka", "preactivation"):
-        assert not covers(make_spec("sae", "topk", **{option: {}}), ALONE)
+        assert not covers(make_spec("sae", "topk", **{option: {}}), ALONE, torch.device("cpu"))
