@@ -1,14 +1,14 @@
 """The operations on a CPU: the encoder product in parts that stay in the cache, the rest by compiled loops.
 
-A part's pre-activations are selected from while they are in the cache, into a buffer that is allocated once: writing
-all of [B, F] to fresh memory would cost more than the selection.
+A part is all rows' pre-activations of some latents, so that each weight is read once; they are selected from while they
+are in the cache, in a buffer that is allocated once.
 """
 
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,18 @@ from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix
 from sae.pairs import Pairs
 
 PART_BYTES = 16 << 20  # of pre-activations at once; measured here
-LEAST_ROWS = 64  # of a part: with fewer, reading the weights costs more than what the cache saves
-SAMPLE_ROWS = 32  # from which a batch's threshold is guessed
+LEAST_LATENTS = 256  # of a part
+SAMPLE_ROWS = 32  # from which a batch's threshold is guessed at first
 GUESSED_SHARE = 0.9  # of the last batch's threshold, above which the next one's largest are looked for
 MARGIN = 1.3  # times the pairs wanted are looked for: some batches have fewer above a guess
+
+
+class Found(NamedTuple):
+    """Pairs of one part, ascending by row and, in it, by latent."""
+
+    counts_B: Tensor
+    latents_P: Tensor
+    values_P: Tensor
 
 
 class Cpu(Kernels):
@@ -35,8 +43,7 @@ class Cpu(Kernels):
         self, x_BD: Tensor, encoder: Encoder, count: int, per: Literal["row", "batch"], pre_BF: Tensor | None = None
     ) -> Pairs:
         if per == "row":
-            parts = [_largest_of_rows(part_CF, count, first) for first, part_CF in _parts(x_BD, encoder, pre_BF)]
-            return _joined(parts)
+            return _largest_of_rows(_parts(x_BD, encoder, pre_BF), len(x_BD), min(count, encoder.width))
         found = self._above_guess(x_BD, encoder, count, GUESSED_SHARE * self.cut, pre_BF)
         if len(found.pre_P) <= count:
             return found
@@ -47,8 +54,12 @@ class Cpu(Kernels):
     def select_threshold(
         self, x_BD: Tensor, encoder: Encoder, threshold_F: Tensor, pre_BF: Tensor | None = None
     ) -> Pairs:
-        threshold_F = threshold_F.expand(encoder.width).contiguous()
-        return _joined([_above(part_CF, threshold_F, first) for first, part_CF in _parts(x_BD, encoder, pre_BF)])
+        threshold_F = threshold_F.to(encoder.bias_F.dtype).expand(encoder.width).contiguous()
+        floor_B = threshold_F.new_full((len(x_BD),), -torch.inf)
+        found = []
+        for first, part_BC in _parts(x_BD, encoder, pre_BF):
+            found.append(_above(first, part_BC, threshold_F[first : first + part_BC.shape[1]], floor_B))
+        return _merged(found)
 
     def decode(self, entries: Entries, values_P: Tensor, w_FD: Tensor) -> Tensor:
         order_P = torch.arange(len(values_P))
@@ -82,41 +93,40 @@ class Cpu(Kernels):
 
     def _above_guess(self, x_BD: Tensor, encoder: Encoder, count: int, guess: float, pre_BF: Tensor | None) -> Pairs:
         """Positive pairs that include the `count` largest, and few others if rows are in random order."""
-        floor_F, parts = encoder.bias_F.new_full((encoder.width,), guess), []
-        for first, part_CF in _parts(x_BD, encoder, pre_BF):
-            if first == 0:
-                floor_F.fill_(_floor(part_CF, count / len(x_BD), guess))
-            parts.append(_above(part_CF, floor_F, first))
-        found, floor = _joined(parts), floor_F[0].item()
-        for lower in (floor / 2, 0.0):
-            if len(found.pre_P) >= count or floor == 0:
+        for floor in _floors(x_BD, encoder, count, guess):
+            found = self.select_threshold(x_BD, encoder, encoder.bias_F.new_tensor(floor), pre_BF)
+            if len(found.pre_P) >= count:
                 break
-            found = self.select_threshold(x_BD, encoder, floor_F.fill_(lower), pre_BF)
         return found
 
 
-def _floor(part_CF: Tensor, per_row: float, guess: float) -> float:
-    """A threshold that somewhat more than so many pairs a row are above: the guess, or from the first rows."""
-    wanted = per_row * len(part_CF)
-    above = _count_above(part_CF, part_CF.new_full((part_CF.shape[1],), guess)).sum()
-    if 1.1 * wanted <= above <= 3 * wanted:
-        return guess
-    sample = part_CF[:SAMPLE_ROWS].flatten()
-    rank = round(MARGIN * per_row * len(part_CF[:SAMPLE_ROWS]))
-    return 0.0 if rank >= len(sample) else sample.kthvalue(len(sample) - rank).values.clamp_min(0).item()
+def _floors(x_BD: Tensor, encoder: Encoder, count: int, guess: float) -> Iterator[float]:
+    """Thresholds, lower and lower, that somewhat more than `count` pairs should be above: the guess, and from the first
+    rows."""
+    if guess > 0:
+        yield guess
+    sample = torch.cat([part_BC.flatten() for _, part_BC in _parts(x_BD[:SAMPLE_ROWS], encoder, None)])
+    rank = round(MARGIN * count * SAMPLE_ROWS / max(len(x_BD), SAMPLE_ROWS))
+    floor = 0.0 if rank >= len(sample) else sample.kthvalue(len(sample) - rank).values.clamp_min(0).item()
+    if guess > 0:
+        floor = min(floor, guess / 2)
+    yield from (floor, floor / 2, 0.0)
 
 
 def _parts(x_BD: Tensor, encoder: Encoder, pre_BF: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """The pre-activations of some rows after others, with the number of the first. [C, F], overwritten by the next,
-    unless they are parts of `pre_BF`"""
-    dtype, width = encoder.bias_F.dtype, encoder.width
-    rows = min(len(x_BD), max(LEAST_ROWS, PART_BYTES // (dtype.itemsize * width)))
-    for first in range(0, len(x_BD), rows):
-        last = min(first + rows, len(x_BD))
-        part_CF = SCRATCH.get("part", rows, width, dtype)[: last - first] if pre_BF is None else pre_BF[first:last]
-        for group, w_FD in zip(encoder.groups, encoder.weights, strict=True):
-            _product(x_BD[first:last, group.reads], w_FD, encoder.bias_F[group.latents], part_CF[:, group.latents])
-        yield first, part_CF
+    """The pre-activations of some latents after others, with the number of the first. [B, C], overwritten by the
+    next; all are left in `pre_BF`, if given"""
+    dtype = encoder.bias_F.dtype
+    latents = max(LEAST_LATENTS, PART_BYTES // (dtype.itemsize * len(x_BD)))
+    for group, w_FD in zip(encoder.groups, encoder.weights, strict=True):
+        for first in range(group.latents.start, group.latents.stop, latents):
+            last = min(first + latents, group.latents.stop)
+            part_BC = SCRATCH.get("part", len(x_BD), last - first, dtype)
+            mine = slice(first - group.latents.start, last - group.latents.start)
+            _product(x_BD[:, group.reads], w_FD[mine], encoder.bias_F[first:last], part_BC)
+            if pre_BF is not None:
+                pre_BF[:, first:last] = part_BC
+            yield first, part_BC
 
 
 def _product(x_CD: Tensor, w_FD: Tensor, bias_F: Tensor, out_CF: Tensor) -> None:
@@ -146,36 +156,70 @@ class Scratch(threading.local):
 SCRATCH = Scratch()
 
 
-def _largest_of_rows(part_CF: Tensor, count: int, first: int) -> Pairs:
-    count, n_rows = min(count, part_CF.shape[1]), len(part_CF)
-    latents = torch.empty(n_rows, count, dtype=torch.int64)
-    values, counts = part_CF.new_empty(n_rows, count), torch.empty(n_rows, dtype=torch.int64)
-    _spread(loops.largest_of_rows, n_rows, part_CF, count, latents, values, counts)
-    rows = torch.arange(first, first + n_rows).repeat_interleave(counts)
-    if len(rows) < n_rows * count:
-        there = torch.arange(count) < counts[:, None]
-        latents, values = latents[there], values[there]
-    return Pairs(rows, latents.flatten(), values.flatten(), values.flatten())
+def _largest_of_rows(parts: Iterator[tuple[int, Tensor]], n_rows: int, count: int) -> Pairs:
+    """Only what is above all of a row's largest so far can be among its largest of all."""
+    first, part_BC = next(parts)
+    width = min(count, part_BC.shape[1])
+    latents, values, counts_B = _wanted(part_BC, width)
+    _spread(loops.largest_of_rows, n_rows, part_BC, width, latents, values, counts_B)
+    latents += first
+    for first, part_BC in parts:
+        floor_B = torch.where(counts_B == count, values.amin(1), 0)
+        more = _above(first, part_BC, part_BC.new_zeros(part_BC.shape[1]), floor_B)
+        so_far = _side_by_side([_found(latents, values, counts_B), more])
+        latents, values, counts_B = _wanted(values, count)
+        _spread(loops.largest_of_parts, n_rows, *so_far, count, latents, values, counts_B)
+    found = _found(latents, values, counts_B)
+    rows_P = torch.arange(n_rows).repeat_interleave(counts_B, output_size=len(found.latents_P))
+    return Pairs(rows_P, found.latents_P, found.values_P, found.values_P)
 
 
-def _above(part_CF: Tensor, threshold_F: Tensor, first: int) -> Pairs:
-    counts = _count_above(part_CF, threshold_F)
-    ends = counts.cumsum(0)
-    latents = torch.empty(int(ends[-1]), dtype=torch.int64)
-    values = part_CF.new_empty(len(latents))
-    _spread(loops.write_above, len(part_CF), part_CF, threshold_F, ends - counts, latents, values)
-    rows = torch.arange(first, first + len(part_CF)).repeat_interleave(counts, output_size=len(latents))
-    return Pairs(rows, latents, values, values)
+def _found(latents: Tensor, values: Tensor, counts_B: Tensor) -> Found:
+    """Of [B, count], the first some of each row."""
+    if counts_B.min() == latents.shape[1]:
+        return Found(counts_B, latents.flatten(), values.flatten())
+    there = torch.arange(latents.shape[1]) < counts_B[:, None]
+    return Found(counts_B, latents[there], values[there])
 
 
-def _count_above(part_CF: Tensor, threshold_F: Tensor) -> Tensor:
-    counts = torch.empty(len(part_CF), dtype=torch.int64)
-    _spread(loops.count_above, len(part_CF), part_CF, threshold_F, counts)
-    return counts
+def _wanted(like: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the latents and values of so many a row, and their number."""
+    n_rows = len(like)
+    return torch.zeros(n_rows, count, dtype=torch.int64), like.new_zeros(n_rows, count), torch.zeros(n_rows).long()
 
 
-def _joined(parts: list[Pairs]) -> Pairs:
-    rows_P, latents_P, values_P = (torch.cat(some) for some in list(zip(*parts, strict=True))[:3])
+def _above(first: int, part_BC: Tensor, threshold_C: Tensor, floor_B: Tensor) -> Found:
+    """The entries above their latent's threshold and their row's floor."""
+    counts_B = torch.empty(len(part_BC), dtype=torch.int64)
+    _spread(loops.count_above, len(part_BC), part_BC, threshold_C, floor_B, counts_B)
+    ends_B = counts_B.cumsum(0)
+    latents_P = torch.empty(int(ends_B[-1]), dtype=torch.int64)
+    values_P = part_BC.new_empty(len(latents_P))
+    starts_B = ends_B - counts_B
+    _spread(loops.write_above, len(part_BC), part_BC, threshold_C, floor_B, starts_B, first, latents_P, values_P)
+    return Found(counts_B, latents_P, values_P)
+
+
+def _side_by_side(found: list[Found]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where each part's pairs of each row start, and how many there are [parts, B]; all latents and values [P]."""
+    counts = torch.stack([part.counts_B for part in found])
+    ends = counts.flatten().cumsum(0).view_as(counts)
+    latents_P, values_P = (torch.cat(some) for some in ([p.latents_P for p in found], [p.values_P for p in found]))
+    return ends - counts, counts, latents_P, values_P
+
+
+def _merged(found: list[Found]) -> Pairs:
+    """All pairs, by row."""
+    starts, counts, latents_P, values_P = _side_by_side(found)
+    counts_B = counts.sum(0)
+    if len(found) > 1:
+        parts_latents_P, parts_values_P = latents_P, values_P
+        latents_P, values_P = torch.empty_like(latents_P), torch.empty_like(values_P)
+        _spread(
+            loops.merge_rows, len(counts_B), starts, counts, parts_latents_P, parts_values_P,
+            counts_B.cumsum(0) - counts_B, latents_P, values_P,
+        )  # fmt: skip
+    rows_P = torch.arange(len(counts_B)).repeat_interleave(counts_B, output_size=len(latents_P))
     return Pairs(rows_P, latents_P, values_P, values_P)
 
 

@@ -20,36 +20,90 @@ def compiled(function: Callable) -> Callable:
 
 
 @compiled
-def count_above(pre, threshold, counts, first, last):
-    """How many entries of each row are above their column's threshold. pre [C, F], threshold [F], counts [C]"""
+def count_above(pre, threshold, floor, counts, first, last):
+    """How many entries of each row are above their column's threshold and their row's floor. pre [B, C], threshold [C],
+    floor [B], counts [B]"""
     for row in range(first, last):
-        entries, total = pre[row], 0
+        entries, least, total = pre[row], floor[row], 0
         for column in range(entries.shape[0]):
-            total += entries[column] > threshold[column]
+            total += (entries[column] > threshold[column]) & (entries[column] > least)
         counts[row] = total
 
 
 @compiled
-def write_above(pre, threshold, starts, latents, values, first, last):
-    """Writes those that `count_above` counted, each row's from its start on. starts [C]"""
+def write_above(pre, threshold, floor, starts, column, latents, values, first, last):
+    """Writes those that `count_above` counted, each row's from its start on; `column` is the first one's latent.
+    starts [B]"""
     for row in range(first, last):
-        entries, at = pre[row], starts[row]
+        entries, least, at = pre[row], floor[row], starts[row]
         for begin in range(0, entries.shape[0], BLOCK):
             block, limits = entries[begin : begin + BLOCK], threshold[begin : begin + BLOCK]
             there = 0
             for n in range(block.shape[0]):
-                there += block[n] > limits[n]
+                there += (block[n] > limits[n]) & (block[n] > least)
             if there > 0:
                 for n in range(block.shape[0]):
-                    if block[n] > limits[n]:
-                        latents[at] = begin + n
+                    if block[n] > limits[n] and block[n] > least:
+                        latents[at] = column + begin + n
                         values[at] = block[n]
                         at += 1
 
 
 @compiled
+def merge_rows(starts, counts, latents, values, out_starts, out_latents, out_values, first, last):
+    """Each row's pairs of several parts, one part after another. starts, counts [parts, B], out_starts [B]"""
+    for row in range(first, last):
+        at = out_starts[row]
+        for part in range(starts.shape[0]):
+            for p in range(starts[part, row], starts[part, row] + counts[part, row]):
+                out_latents[at] = latents[p]
+                out_values[at] = values[p]
+                at += 1
+
+
+@compiled
+def largest_of_parts(starts, counts, latents, values, count, out_latents, out_values, out_counts, first, last):
+    """The `count` largest of each row's pairs of several parts, all positive. starts, counts [parts, B];
+    out_latents, out_values [B, count]; out_counts [B]"""
+    for row in range(first, last):
+        n_found = 0
+        for part in range(starts.shape[0]):
+            n_found += counts[part, row]
+        found, places = np.empty(n_found, values.dtype), np.empty(n_found, latents.dtype)
+        at = 0
+        for part in range(starts.shape[0]):
+            for p in range(starts[part, row], starts[part, row] + counts[part, row]):
+                found[at] = values[p]
+                places[at] = latents[p]
+                at += 1
+        out_counts[row] = keep_largest(found, places, n_found, count, out_latents[row], out_values[row])
+
+
+@compiled
+def keep_largest(found, places, n_found, count, latents, values):
+    """Writes the `count` largest of the first `n_found`, in their order; how many there are."""
+    spare = count
+    if n_found <= count:
+        for n in range(n_found):
+            latents[n] = places[n]
+            values[n] = found[n]
+        return n_found
+    cut = np.partition(found[:n_found], n_found - count)[n_found - count]
+    for n in range(n_found):
+        spare -= found[n] > cut
+    at = 0
+    for n in range(n_found):
+        if found[n] > cut or (found[n] == cut and spare > 0):
+            spare -= found[n] == cut
+            latents[at] = places[n]
+            values[at] = found[n]
+            at += 1
+    return at
+
+
+@compiled
 def largest_of_rows(pre, count, latents, values, counts, first, last):
-    """The `count` largest positive entries of each row, by column. pre [C, F]; latents, values [C, count]; counts [C]
+    """The `count` largest positive entries of each row, by column. pre [B, C]; latents, values [B, count]; counts [B]
 
     The count-th largest of the maxima of some groups is no larger than the count-th largest entry: all that is sought
     lies at or above it, and little else.
@@ -76,20 +130,7 @@ def largest_of_rows(pre, count, latents, values, counts, first, last):
                         found[n_found] = entries[column]
                         places[n_found] = column
                         n_found += 1
-        cut, spare = found[0] * 0, width
-        if n_found > count:
-            cut = np.partition(found[:n_found], n_found - count)[n_found - count]
-            spare = count
-            for n in range(n_found):
-                spare -= found[n] > cut
-        at = 0
-        for n in range(n_found):
-            if found[n] > cut or (found[n] == cut and spare > 0):
-                spare -= found[n] == cut
-                latents[row, at] = places[n]
-                values[row, at] = found[n]
-                at += 1
-        counts[row] = at
+        counts[row] = keep_largest(found, places, n_found, count, latents[row], values[row])
 
 
 @compiled

@@ -15,23 +15,25 @@ import rows
 from cluster import gemma
 from cluster.harvest import encode_bf16, harvest_block
 from cluster.tokens import Span
+from sae.sites import Site
 
 SEQUENCES = 8
 
 
 def main(job: dict) -> dict[str, list[float]]:
     torch.set_num_threads(job["threads"])
+    site = Site(job.get("layer", rows.SITE.layer), rows.SITE.name)
     needed = (job["timed"] + 1) * SEQUENCES * rows.CONTEXT
     sequences = torch.from_numpy(rows.tokenise({"train": needed})["train"]).long()
-    model, bos = gemma.load_trunk(rows.MODEL, [rows.SITE], torch.device("cpu")), sequences[0, 0].item()
+    model, bos = gemma.load_trunk(rows.MODEL, [site], torch.device("cpu")), sequences[0, 0].item()
     taken: dict[str, list[float]] = {"bare": [], "harvest": []}
     for tokens in sequences.split(SEQUENCES)[: job["timed"] + 1]:
         start = time.perf_counter()
         with torch.no_grad():
             model(tokens)
         middle = time.perf_counter()
-        _, found = harvest_block(model, Span.of_text(tokens, bos), [rows.SITE], {rows.SITE.key: float("inf")})
-        encode_bf16(found[rows.SITE.key])
+        _, found = harvest_block(model, Span.of_text(tokens, bos), [site], {site.key: float("inf")})
+        encode_bf16(found[site.key])
         taken["bare"].append(middle - start)
         taken["harvest"].append(time.perf_counter() - middle)
     return {name: times[1:] for name, times in taken.items()}  # the first block warms up

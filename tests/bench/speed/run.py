@@ -19,6 +19,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 sys.path.insert(0, str(ROOT))
 
+import demo  # noqa: E402
+
 from cluster.recipe import fast_dtype  # noqa: E402
 from tests.report import Row, row, write  # noqa: E402
 
@@ -174,6 +176,8 @@ def main() -> int:
     if not chosen.check:
         found, taken = beside_many(job | {"rows": chosen.rows[0]}, chosen.peers)
         rows += found
+    if chosen.peers and file and demo.SUMMARY.exists():
+        rows += demo.beside_demo(run, job, sys.executable, chosen.peers)
     met = write("bench", rows, noise=wavering, arguments=vars(chosen))
     if chosen.check:
         fallen = behind(rows, wavering)

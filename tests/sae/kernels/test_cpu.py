@@ -21,7 +21,7 @@ def threads(request, monkeypatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)  # over so many the loops are cut
     monkeypatch.setattr(cpu, "PART_BYTES", 4096)
-    monkeypatch.setattr(cpu, "LEAST_ROWS", 3)
+    monkeypatch.setattr(cpu, "LEAST_LATENTS", 7)
 
 
 def assert_same(found: Pairs, expected: Pairs, case: Case) -> None:
