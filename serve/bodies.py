@@ -3,12 +3,14 @@
 import asyncio
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from serve.limits import Limits
 from serve.problems import Problem
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+INFLATING = ThreadPoolExecutor(1)  # at a time: each thread keeps the memory that it once needed
 CLOSE = {"Connection": "close"}  # what is left of the body must not be read as the next request
 
 
@@ -77,7 +79,8 @@ class _Gzip(_Plain):
 
     async def __call__(self, part: bytes) -> bytes:
         try:
-            inflated = await asyncio.to_thread(self.stream.decompress, part, self.left)
+            loop = asyncio.get_running_loop()
+            inflated = await loop.run_in_executor(INFLATING, self.stream.decompress, part, self.left)
         except zlib.error:
             raise Problem(400, "the body is not gzip", headers=CLOSE) from None
         self.left -= len(inflated)
