@@ -259,7 +259,7 @@ class JumpReLU(Activation):
         return self.among(Pairs.where(pre_BF > self.floor(), pre_BF), n_rows, now)
 
     def floor(self) -> Tensor:
-        """The pre-activation above which a pair has a gradient. [F]"""
+        """The pre-activation above which a pair has a gradient; puts thresholds that Adam left below 0 at 0. [F]"""
         return (self.state["threshold"].clamp_(min=0) - self.settings.bandwidth / 2).clamp_min(0)
 
     def among(self, pairs: Pairs, n_rows: int, now: Now) -> Pairs:

