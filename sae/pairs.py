@@ -71,9 +71,9 @@ class Active:
             parts = [grad_BnD[:, n] @ w_FD[part].T for n, part in enumerate(self._segments())]
             return torch.cat(parts, dim=1)[self.rows_P, self.latents_P]
         flat = grad_BnD.reshape(-1, grad_BnD.shape[-1])
-        starts = _starts(self.bags_P, len(flat))
+        offsets = starts(self.bags_P, len(flat))
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            flat, w_FD, self.latents_P, starts, self.bags_P, 0
+            flat, w_FD, self.latents_P, offsets, self.bags_P, 0
         )
 
     def decoder_gradient(self, values_P: Tensor, grad_BnD: Tensor) -> Tensor:
@@ -106,11 +106,13 @@ class Active:
         return values_BF
 
 
-def _starts(groups_P: Tensor, n_groups: int) -> Tensor:
-    return torch.searchsorted(groups_P, torch.arange(n_groups, device=groups_P.device))
+def starts(groups_P: Tensor, n_groups: int) -> Tensor:
+    """The place of each group's first pair, or where that would be; `groups_P` ascends. [n_groups]"""
+    numbers = torch.arange(n_groups, device=groups_P.device, dtype=groups_P.dtype)
+    return torch.searchsorted(groups_P.contiguous(), numbers)
 
 
 def _grouped_sum(groups_P: Tensor, n_groups: int, indices_P: Tensor, weights_P: Tensor, table: Tensor) -> Tensor:
     """out[g] = Σ weights[p]·table[indices[p]] over the pairs of group g; `groups_P` ascends. [n_groups, D]"""
-    starts = _starts(groups_P, n_groups)
-    return functional.embedding_bag(indices_P, table, starts, mode="sum", per_sample_weights=weights_P)
+    offsets = starts(groups_P, n_groups)
+    return functional.embedding_bag(indices_P, table, offsets, mode="sum", per_sample_weights=weights_P)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sae.pairs import starts
+
 
 def product(x_BD: Tensor, w: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """x·w + bias for w [D, F], or w that is `packed`. [B, F]"""
@@ -31,10 +33,8 @@ def weighted_sum(values_BF: Tensor, w_FD: Tensor) -> Tensor:
     if not _by_row(values_BF, w_FD):
         return values_BF @ w_FD
     rows_P, latents_P = values_BF.nonzero(as_tuple=True)
-    starts_B = torch.searchsorted(rows_P.contiguous(), torch.arange(len(values_BF)))
-    return functional.embedding_bag(
-        latents_P, w_FD, starts_B, mode="sum", per_sample_weights=values_BF[rows_P, latents_P]
-    )
+    weights_P, starts_B = values_BF[rows_P, latents_P], starts(rows_P, len(values_BF))
+    return functional.embedding_bag(latents_P, w_FD, starts_B, mode="sum", per_sample_weights=weights_P)
 
 
 def _linear(x_BD: Tensor, w_FD: Tensor, bias_F: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sae.dictionary import Dictionary
+from sae.pairs import starts
 from serve.problems import Problem
 
 Operation = Literal["encode", "decode", "reconstruct", "describe"]
@@ -178,21 +179,16 @@ def select(dictionary: Dictionary, pre_BF: Tensor, selection: Selection) -> Feat
         return _too_many(selection.limit)
     if selection.only:
         latents_P = chosen[latents_P]
-    return Features(_starts(rows_P, len(pre_BF)).numpy(), latents_P.int().numpy(), values_P.numpy())
-
-
-def _starts(rows_P: Tensor, n_rows: int) -> Tensor:
-    """[B + 1]"""
-    return torch.searchsorted(rows_P.contiguous(), torch.arange(n_rows + 1))
+    return Features(starts(rows_P, len(pre_BF) + 1).numpy(), latents_P.int().numpy(), values_P.numpy())
 
 
 def _largest(rows_P: Tensor, values_P: Tensor, n_rows: int, count: int) -> Tensor:
     """Which pairs are among the `count` largest of their row. [P]"""
-    starts = _starts(rows_P, n_rows)
-    most = int(starts.diff().max())
+    offsets = starts(rows_P, n_rows + 1)
+    most = int(offsets.diff().max())
     if most <= count:
         return torch.ones_like(rows_P, dtype=torch.bool)
-    places_P = torch.arange(len(rows_P)) - starts[rows_P]
+    places_P = torch.arange(len(rows_P)) - offsets[rows_P]
     values_BX = torch.zeros(n_rows, most).index_put((rows_P, places_P), values_P)  # all that are there are positive
     largest = values_BX.topk(count, dim=1, sorted=False).indices
     return torch.zeros(n_rows, most, dtype=torch.bool).scatter_(1, largest, True)[rows_P, places_P]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import secrets
 import shutil
 import socket
 from pathlib import Path
@@ -21,9 +22,13 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that nobody listens at, below those that the system gives connections and above those of Ray's workers: what
+    is told to listen there may start seconds later."""
+    while True:
+        port = secrets.randbelow(11_000) + 21_000
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def write_tokenizer(folder: Path) -> None:

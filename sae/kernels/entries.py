@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae.pairs import starts
 from sae.shape import Group
 
 
@@ -45,14 +46,14 @@ class Entries:
     @cached_property
     def starts_G(self) -> Tensor:
         """The first pair of each row. [G]"""
-        return _starts(self.rows_P, self.n_rows)
+        return starts(self.rows_P, self.n_rows)
 
     @cached_property
     def by_latent(self) -> "ByLatent":
         """The same pairs in the order of their latents: both weight gradients need it."""
         short = torch.int16 if self.width <= torch.iinfo(torch.int16).max else torch.int32  # fewer digits to sort by
         latents_P, order_P = self.latents_P.to(short).sort(stable=True)
-        return ByLatent(order_P, _starts(latents_P, self.width))
+        return ByLatent(order_P, starts(latents_P, self.width))
 
 
 class ByLatent(NamedTuple):
@@ -61,7 +62,3 @@ class ByLatent(NamedTuple):
     order_P: Tensor
     starts_F: Tensor
     """The first pair, in that order, of each latent."""
-
-
-def _starts(groups_P: Tensor, n_groups: int) -> Tensor:
-    return torch.searchsorted(groups_P, torch.arange(n_groups, device=groups_P.device, dtype=groups_P.dtype))
