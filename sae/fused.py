@@ -2,8 +2,8 @@
 host, and gradients of matrices go straight into Adam, a row at a time, without ever being written; nor are all of a
 batch's pre-activations.
 
-On a GPU products are of bfloat16 with float32 sums; weights, biases and moments are float32. `sae.objective` has the
-same loss for every kind, activation and option; tests/sae/test_fused.py holds the two equal.
+Products may be of bfloat16, with float32 sums; weights, biases and moments are float32. `sae.objective` has the same
+loss for every kind, activation and option; tests/sae/test_fused.py holds the two equal.
 """
 
 from __future__ import annotations
@@ -36,10 +36,6 @@ def covers(spec: DictionarySpec, team: Team, device: torch.device) -> bool:
     counted = spec.activation == "jumprelu"  # its pairs, which the host must not read from a GPU
     here = spec.activation in STEPS and (device.type == "cpu" or not counted)
     return here and one_group and plain and team.alone
-
-
-class TooDense(Exception):
-    """So many pairs have a gradient that dense products are faster; nothing was changed."""
 
 
 def fused_step(dictionary: TrainingDictionary, kernels: Kernels, product_type: torch.dtype) -> FusedStep:
@@ -126,7 +122,7 @@ class FusedStep:
     def _learn(self, entries: Entries, by_latent: ByLatent, pairs: Pairs) -> None:
         grad_values_P = self.kernels.fit_decoder(self.w_dec, entries, pairs.values_P, self.grad_BD, self.rates)
         grad_pre_P, learned = self._backward(pairs, grad_values_P)
-        b_enc, b_dec = self.kernels.latent_sums(by_latent, grad_pre_P), self.grad_BD.sum(0, dtype=self.rates.dtype)
+        b_enc, b_dec = self.kernels.latent_sums(by_latent, grad_pre_P), 2 / self.n_rows * self.error_BD.sum(0)
         if self.dictionary.spec.autoencodes:  # b_dec is also what is subtracted from the input
             b_dec -= b_enc.to(self.product_type) @ self.w_enc.copy
         skips = {name: self.centred_BD[:, reads].T @ self.grad_BD[:, writes] for name, reads, writes in self.skips}
@@ -202,9 +198,8 @@ class FusedJumpReLU(FusedStep):
 
     def _select(self, count: int) -> Pairs:
         activation = self._activation()
-        pairs = self.kernels.select_threshold(self.centred_BD, self._encoder(), activation.floor())
-        if len(pairs.rows_P) > DENSE_SHARE * self.n_rows * self.dictionary.shape.width:
-            raise TooDense
+        most = int(DENSE_SHARE * self.n_rows * self.dictionary.shape.width)
+        pairs = self.kernels.select_threshold(self.centred_BD, self._encoder(), activation.floor(), most=most)
         return activation.among(pairs, self.n_rows, self.now)
 
     def _backward(self, pairs: Pairs, grad_values_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

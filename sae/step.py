@@ -10,8 +10,8 @@ from sae.activations import ACTIVATIONS
 from sae.dead import Idle, badly_rebuilt_rows, resampling_due
 from sae.dictionary import Dictionary
 from sae.fold import Scales, Trained, fold
-from sae.fused import FusedStep, TooDense, covers, fused_step
-from sae.kernels import for_device
+from sae.fused import FusedStep, covers, fused_step
+from sae.kernels import TooDense, for_device
 from sae.metrics import FitSums
 from sae.objective import Objective
 from sae.shape import Group, Shape, size
@@ -39,9 +39,14 @@ class TrainingDictionary:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         team: Team = ALONE,
+        products: torch.dtype | None = None,
     ):
-        """With a team, this rank's shard of the dictionary, which steps in time with the others."""
+        """With a team, this rank's shard of the dictionary, which steps in time with the others.
+
+        `products` is what a fused step's are of: by default bfloat16 on a GPU, else `dtype`.
+        """
         self.spec, self.team, self.device = spec, team, device
+        self.products = products or (torch.bfloat16 if device.type == "cuda" else dtype)
         self.shape = Shape.of(spec, site_widths).shard(team.latents.count)
         self.parameters = {name: value.to(device, dtype) for name, value in self._fresh().items()}
         self.centre_D = torch.zeros(self.shape.d_in, device=device, dtype=dtype)
@@ -97,10 +102,7 @@ class TrainingDictionary:
         """For what it can step; `sae.objective` does all."""
         if not covers(self.spec, self.team, self.device):
             return None
-        parameter_type = self.parameters["b_dec"].dtype
-        return fused_step(
-            self, for_device(self.device), torch.bfloat16 if self.device.type == "cuda" else parameter_type
-        )
+        return fused_step(self, for_device(self.device), self.products)
 
     @torch.no_grad()
     def set_gradients(self, x_BD: Tensor, y_BD: Tensor, progress: float) -> Tensor:

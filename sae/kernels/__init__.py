@@ -17,6 +17,10 @@ from sae.pairs import Pairs
 Result = TypeVar("Result")
 
 
+class TooDense(Exception):
+    """So many pairs have a gradient that dense products are faster; nothing was changed."""
+
+
 class Kernels(ABC):
     """B rows, D columns, F latents, P active pairs in CSR order, G rows or segments of rows.
 
@@ -45,9 +49,11 @@ class Kernels(ABC):
 
     @abstractmethod
     def select_threshold(
-        self, x_BD: Tensor, encoder: Encoder, threshold_F: Tensor, pre_BF: Tensor | None = None
-    ) -> Pairs:
-        """The pairs whose pre-activation is above their latent's threshold. [F], or 0-d: one for all."""
+        self, x_BD: Tensor, encoder: Encoder, threshold_F: Tensor, pre_BF: Tensor | None = None,
+        most: int | None = None,
+    ) -> Pairs:  # fmt: skip
+        """The pairs whose pre-activation is above their latent's threshold, [F], or 0-d: one for all. TooDense if there
+        are more than `most`."""
 
     @abstractmethod
     def decode(self, entries: Entries, values_P: Tensor, w_FD: Tensor) -> Tensor:

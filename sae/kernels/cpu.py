@@ -1,9 +1,14 @@
 """The operations on a CPU: the encoder product in parts that stay in the cache, the rest by compiled loops.
 
-A part is all rows' pre-activations of some latents, so that each weight is read once; they are selected from while they
-are in the cache, in a buffer that is allocated once.
+A part is all rows' products of some latents, so that each weight is read once; they are selected from while they are in
+the cache, in a buffer that is allocated once. Where products are of bfloat16, parts, and whatever rows are read from,
+are too: half the bytes. Their biases are added, and all sums are, in float32.
+
+Loops run in threads of their own: torch's must not spin meanwhile, which takes their cores (OMP_WAIT_POLICY=PASSIVE
+before torch is imported; *measured here*: a step in four fifths of the time).
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,36 +19,76 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.kernels import Kernels, loops
+from sae.kernels import Kernels, TooDense, loops
 from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix
 from sae.pairs import Pairs
 
 PART_BYTES = 16 << 20  # of pre-activations at once; measured here
 LEAST_LATENTS = 256  # of a part
+ROOM = 256  # pairs of a row, until more are seen
 SAMPLE_ROWS = 32  # from which a batch's threshold is guessed at first
 GUESSED_SHARE = 0.9  # of the last batch's threshold, above which the next one's largest are looked for
+ENOUGH = 1.25  # times the most pairs of a row of this batch: room for one of the next
+DEVIATIONS = 3  # of the number of a row's largest in its first part: some rows in a thousand have fewer
+LARGEST_GROUP, GROUPS_PER_RANK = 64, 4  # of entries of which the maximum is taken; for each that is wanted
 MARGIN = 1.3  # times the pairs wanted are looked for: some batches have fewer above a guess
 
 
-class Found(NamedTuple):
-    """Pairs of one part, ascending by row and, in it, by latent."""
+class Room:
+    """The pairs that are found of a batch's rows, each of which has room for some."""
 
-    counts_B: Tensor
-    latents_P: Tensor
-    values_P: Tensor
+    def __init__(self, starts: Tensor, dtype: torch.dtype):
+        """`starts` are the rows' places, and their end. [B + 1]"""
+        size = int(starts[-1])
+        self.starts, self.counts_B = starts, torch.zeros(len(starts) - 1, dtype=torch.int64)
+        self.latents = SCRATCH.get("latents", 1, size, torch.int64)[0]
+        self.values = SCRATCH.get("values", 1, size, dtype)[0]
+
+    def add(self, first: int, part_BC: Tensor, encoder: Encoder, threshold_F: Tensor, floor_B: Tensor) -> None:
+        """The entries above their latent's threshold and no less than their row's floor; only counted where there is no
+        room."""
+        here = slice(first, first + part_BC.shape[1])
+        _spread(
+            loops.append_above, len(part_BC), part_BC, encoder.bias_F[here], threshold_F[here], floor_B, first,
+            self.starts, self.counts_B, self.latents, self.values,
+        )  # fmt: skip
+
+    @property
+    def full_B(self) -> Tensor:
+        return self.counts_B > self.starts.diff() - loops.WORD
+
+    def pairs(self) -> Pairs:
+        ends_B = self.counts_B.cumsum(0)
+        rows_P, latents_P = torch.empty(2, int(ends_B[-1]), dtype=torch.int64)
+        values_P = torch.empty(len(rows_P), dtype=self.values.dtype)
+        _spread(
+            loops.gather, len(ends_B), self.starts, self.counts_B, self.latents, self.values, ends_B - self.counts_B,
+            rows_P, latents_P, values_P,
+        )  # fmt: skip
+        return Pairs(rows_P, latents_P, values_P, values_P)
 
 
 class Cpu(Kernels):
-    """`sae.kernels.Kernels` for float32 and float64, on torch's number of threads."""
+    """`sae.kernels.Kernels` for float32 and float64, and products of bfloat16, on torch's number of threads."""
 
     def __init__(self) -> None:
-        self.cut = 0.0  # of the last batch: the next one's is near it, which saves time and changes nothing else
+        # Of the last batch: the next one's are near, which saves time and changes nothing else.
+        self.cut, self.room = 0.0, ROOM
+
+    def centre(
+        self, x_BD: Tensor, y_BD: Tensor, centre_D: Tensor, b_dec_D: Tensor, centred_BD: Tensor, rest_BD: Tensor
+    ) -> Tensor:
+        torch.sub(x_BD, centre_D, out=centred_BD)
+        n_rows, n_columns = y_BD.shape
+        sums_D, squares_D = torch.empty(2, n_columns, dtype=torch.float64)
+        _spread(loops.centre_columns, n_columns, y_BD, b_dec_D, rest_BD, sums_D, squares_D)
+        return (squares_D - sums_D.square() / n_rows).sum().to(y_BD.dtype)
 
     def select_topk(
         self, x_BD: Tensor, encoder: Encoder, count: int, per: Literal["row", "batch"], pre_BF: Tensor | None = None
     ) -> Pairs:
         if per == "row":
-            return _largest_of_rows(_parts(x_BD, encoder, pre_BF), len(x_BD), min(count, encoder.width))
+            return _largest_of_rows(x_BD, encoder, min(count, encoder.width), pre_BF)
         found = self._above_guess(x_BD, encoder, count, GUESSED_SHARE * self.cut, pre_BF)
         if len(found.pre_P) <= count:
             return found
@@ -52,18 +97,37 @@ class Cpu(Kernels):
         return found.where_also(found.pre_P >= cut)
 
     def select_threshold(
-        self, x_BD: Tensor, encoder: Encoder, threshold_F: Tensor, pre_BF: Tensor | None = None
-    ) -> Pairs:
+        self, x_BD: Tensor, encoder: Encoder, threshold_F: Tensor, pre_BF: Tensor | None = None,
+        most: int | None = None,
+    ) -> Pairs:  # fmt: skip
         threshold_F = threshold_F.to(encoder.bias_F.dtype).expand(encoder.width).contiguous()
         floor_B = threshold_F.new_full((len(x_BD),), -torch.inf)
-        found = []
-        for first, part_BC in _parts(x_BD, encoder, pre_BF):
-            found.append(_above(first, part_BC, threshold_F[first : first + part_BC.shape[1]], floor_B))
-        return _merged(found)
+        starts = torch.arange(len(x_BD) + 1) * self.room
+        while True:
+            found = Room(starts, threshold_F.dtype)
+            for first, part_BC in _parts(x_BD, encoder, pre_BF):
+                found.add(first, part_BC, encoder, threshold_F, floor_B)
+            if most is not None and found.counts_B.sum() > most:
+                raise TooDense
+            if not found.full_B.any():
+                return found.pairs()
+            starts = torch.cat([starts[:1], (found.counts_B + loops.WORD).cumsum(0)])
+            self.room = int(ENOUGH * found.counts_B.max()) + loops.WORD
 
     def decode(self, entries: Entries, values_P: Tensor, w_FD: Tensor) -> Tensor:
         order_P = torch.arange(len(values_P))
         return _sums(entries.starts_G, order_P, entries.latents_P, values_P, w_FD)
+
+    def rebuild(
+        self, entries: Entries, values_P: Tensor, w_FD: Tensor, rest_GD: Tensor, scale: float, grad_GD: Tensor
+    ) -> Tensor:
+        squares_G = rest_GD.new_empty(len(rest_GD))
+        starts, (scale,) = _with_end(entries.starts_G, len(values_P)), _numbers(rest_GD.dtype, [scale])
+        _spread(
+            loops.rebuild, len(rest_GD), starts, torch.arange(len(values_P)), entries.latents_P, values_P.contiguous(),
+            w_FD, rest_GD, scale, grad_GD, grad_GD.dtype != rest_GD.dtype, squares_G,
+        )  # fmt: skip
+        return squares_G.sum()
 
     def value_gradients(self, entries: Entries, grad_GD: Tensor, w_FD: Tensor) -> Tensor:
         out_P = w_FD.new_empty(len(entries.rows_P))
@@ -77,15 +141,22 @@ class Cpu(Kernels):
         self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor,
         along_F: Tensor | None,
     ) -> None:  # fmt: skip
-        starts = _with_end(by_latent.starts_F, len(rows_P))
         w_FD, moments, copy = matrix
-        numbers = _numbers(w_FD.dtype, rates.tolist())
         _spread(
-            loops.fit_rows, len(w_FD), w_FD, starts, by_latent.order_P, rows_P, weights_P.contiguous(),
-            table_GD.contiguous(), *moments, w_FD.new_zeros(1) if along_F is None else along_F,
-            along_F is not None, *numbers,
+            loops.fit_rows, len(w_FD), w_FD, *_in_order(by_latent, rows_P, weights_P), table_GD.contiguous(), *moments,
+            copy, copy.dtype != w_FD.dtype, w_FD.new_zeros(1) if along_F is None else along_F, along_F is not None,
+            *_numbers(w_FD.dtype, rates.tolist()),
         )  # fmt: skip
-        copy.copy_(w_FD)
+
+    def fit_decoder(self, matrix: Matrix, entries: Entries, values_P: Tensor, grad_GD: Tensor, rates: Tensor) -> Tensor:
+        w_FD, moments, copy = matrix
+        grad_values_P = torch.empty_like(values_P)
+        _spread(
+            loops.fit_decoder, len(w_FD), w_FD, *_in_order(entries.by_latent, entries.rows_P, values_P),
+            grad_GD.contiguous(), *moments, copy, copy.dtype != w_FD.dtype, grad_values_P,
+            *_numbers(w_FD.dtype, rates.tolist()),
+        )  # fmt: skip
+        return grad_values_P
 
     def latent_sums(self, by_latent: ByLatent, weights_P: Tensor) -> Tensor:
         starts = _with_end(by_latent.starts_F, len(weights_P))
@@ -105,7 +176,7 @@ def _floors(x_BD: Tensor, encoder: Encoder, count: int, guess: float) -> Iterato
     rows."""
     if guess > 0:
         yield guess
-    sample = torch.cat([part_BC.flatten() for _, part_BC in _parts(x_BD[:SAMPLE_ROWS], encoder, None)])
+    sample = _pre_activations(x_BD[:SAMPLE_ROWS], encoder).flatten()
     rank = round(MARGIN * count * SAMPLE_ROWS / max(len(x_BD), SAMPLE_ROWS))
     floor = 0.0 if rank >= len(sample) else sample.kthvalue(len(sample) - rank).values.clamp_min(0).item()
     if guess > 0:
@@ -114,28 +185,28 @@ def _floors(x_BD: Tensor, encoder: Encoder, count: int, guess: float) -> Iterato
 
 
 def _parts(x_BD: Tensor, encoder: Encoder, pre_BF: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """The pre-activations of some latents after others, with the number of the first. [B, C], overwritten by the
-    next; all are left in `pre_BF`, if given"""
-    dtype = encoder.bias_F.dtype
+    """The products with some latents after others, of the weights' type and without the bias, with the number of the
+    first. [B, C], overwritten by the next; with the bias all are left in `pre_BF`, if given"""
+    dtype = encoder.weights[0].dtype
+    x_BD = x_BD.to(dtype)
     latents = max(LEAST_LATENTS, PART_BYTES // (dtype.itemsize * len(x_BD)))
     for group, w_FD in zip(encoder.groups, encoder.weights, strict=True):
         for first in range(group.latents.start, group.latents.stop, latents):
             last = min(first + latents, group.latents.stop)
             part_BC = SCRATCH.get("part", len(x_BD), last - first, dtype)
-            mine = slice(first - group.latents.start, last - group.latents.start)
-            _product(x_BD[:, group.reads], w_FD[mine], encoder.bias_F[first:last], part_BC)
+            mine_FD = w_FD[first - group.latents.start : last - group.latents.start]
+            torch.mm(x_BD[:, group.reads], mine_FD.T, out=part_BC)
             if pre_BF is not None:
-                pre_BF[:, first:last] = part_BC
+                torch.add(part_BC, encoder.bias_F[first:last], out=pre_BF[:, first:last])
             yield first, part_BC
 
 
-def _product(x_CD: Tensor, w_FD: Tensor, bias_F: Tensor, out_CF: Tensor) -> None:
-    if w_FD.dtype == bias_F.dtype:
-        torch.addmm(bias_F, x_CD, w_FD.T, out=out_CF)
-        return
-    narrow_CF = SCRATCH.get("narrow", len(x_CD), len(w_FD), w_FD.dtype)
-    torch.mm(x_CD.to(w_FD.dtype), w_FD.T, out=narrow_CF)
-    torch.add(narrow_CF, bias_F, out=out_CF)
+def _pre_activations(x_BD: Tensor, encoder: Encoder) -> Tensor:
+    """[B, F]"""
+    pre_BF = encoder.bias_F.new_empty(len(x_BD), encoder.width)
+    for _ in _parts(x_BD, encoder, pre_BF):
+        pass
+    return pre_BF
 
 
 class Scratch(threading.local):
@@ -154,80 +225,63 @@ class Scratch(threading.local):
 
 
 SCRATCH = Scratch()
+_KEYS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def _largest_of_rows(parts: Iterator[tuple[int, Tensor]], n_rows: int, count: int) -> Pairs:
-    """Only what is above all of a row's largest so far can be among its largest of all."""
-    first, part_BC = next(parts)
-    width = min(count, part_BC.shape[1])
-    latents, values, counts_B = _wanted(part_BC, width)
-    _spread(loops.largest_of_rows, n_rows, part_BC, width, latents, values, counts_B)
-    latents += first
-    for first, part_BC in parts:
-        floor_B = torch.where(counts_B == count, values.amin(1), 0)
-        more = _above(first, part_BC, part_BC.new_zeros(part_BC.shape[1]), floor_B)
-        so_far = _side_by_side([_found(latents, values, counts_B), more])
-        latents, values, counts_B = _wanted(values, count)
-        _spread(loops.largest_of_parts, n_rows, *so_far, count, latents, values, counts_B)
-    found = _found(latents, values, counts_B)
-    rows_P = torch.arange(n_rows).repeat_interleave(counts_B, output_size=len(found.latents_P))
-    return Pairs(rows_P, found.latents_P, found.values_P, found.values_P)
+def _largest_of_rows(x_BD: Tensor, encoder: Encoder, count: int, pre_BF: Tensor | None) -> Pairs:
+    """A row's floor is guessed from its first part, in which about as many of its largest lie as in any other. For rows
+    that have fewer above it than are wanted, or more than there is room for, all is done again."""
+    n_rows, dtype = len(x_BD), encoder.bias_F.dtype
+    zero_F, floor_B = encoder.bias_F.new_zeros(encoder.width), encoder.bias_F.new_zeros(n_rows)
+    for first, part_BC in _parts(x_BD, encoder, pre_BF):
+        if first == 0:
+            share = part_BC.shape[1] / encoder.width
+            rank = count if share == 1 else math.ceil(count * share + DEVIATIONS * math.sqrt(count * share))
+            _guess_floors(part_BC, encoder.bias_F, rank, floor_B)
+            found = Room(torch.arange(n_rows + 1) * (math.ceil(2 * rank / share) + 2 * loops.WORD), dtype)
+        found.add(first, part_BC, encoder, zero_F, floor_B)
+    lacking_B = found.full_B | ((found.counts_B < count) & (floor_B > 0))
+    found.counts_B[lacking_B] = 0
+    latents = torch.empty(n_rows, count, dtype=torch.int64)
+    values, counts_B = torch.empty(n_rows, count, dtype=dtype), torch.empty(n_rows, dtype=torch.int64)
+    _spread(
+        loops.keep_largest, n_rows, found.starts, found.counts_B, found.latents, found.values,
+        found.values.view(_KEYS[dtype]), count, latents, values, counts_B,
+    )  # fmt: skip
+    again = lacking_B.nonzero()[:, 0]
+    for rows in again.split(max(1, PART_BYTES // (dtype.itemsize * encoder.width))) if len(again) else ():
+        latents[rows], values[rows], counts_B[rows] = _largest_of_few(x_BD[rows], encoder, count)
+    if counts_B.min() == count:
+        rows_P, values_P = torch.arange(n_rows).repeat_interleave(count), values.flatten()
+        return Pairs(rows_P, latents.flatten(), values_P, values_P)
+    there = torch.arange(count) < counts_B[:, None]
+    return Pairs(there.nonzero()[:, 0], latents[there], values[there], values[there])
 
 
-def _found(latents: Tensor, values: Tensor, counts_B: Tensor) -> Found:
-    """Of [B, count], the first some of each row."""
-    if counts_B.min() == latents.shape[1]:
-        return Found(counts_B, latents.flatten(), values.flatten())
-    there = torch.arange(latents.shape[1]) < counts_B[:, None]
-    return Found(counts_B, latents[there], values[there])
+def _guess_floors(part_BC: Tensor, bias_F: Tensor, rank: int, floor_B: Tensor) -> None:
+    """The rank-th largest of the maxima of some groups is no larger than the rank-th largest entry."""
+    width = part_BC.shape[1]
+    size = 1 << max(0, int(math.log2(min(LARGEST_GROUP, max(1, width / (GROUPS_PER_RANK * rank))))))
+    keys = torch.empty(0, dtype=_KEYS[floor_B.dtype])
+    _spread(loops.floors, len(part_BC), part_BC, bias_F[:width], rank, size, keys, floor_B)
 
 
-def _wanted(like: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the latents and values of so many a row, and their number."""
-    n_rows = len(like)
-    return torch.zeros(n_rows, count, dtype=torch.int64), like.new_zeros(n_rows, count), torch.zeros(n_rows).long()
-
-
-def _above(first: int, part_BC: Tensor, threshold_C: Tensor, floor_B: Tensor) -> Found:
-    """The entries above their latent's threshold and their row's floor."""
-    counts_B = torch.empty(len(part_BC), dtype=torch.int64)
-    _spread(loops.count_above, len(part_BC), part_BC, threshold_C, floor_B, counts_B)
-    ends_B = counts_B.cumsum(0)
-    latents_P = torch.empty(int(ends_B[-1]), dtype=torch.int64)
-    values_P = part_BC.new_empty(len(latents_P))
-    starts_B = ends_B - counts_B
-    _spread(loops.write_above, len(part_BC), part_BC, threshold_C, floor_B, starts_B, first, latents_P, values_P)
-    return Found(counts_B, latents_P, values_P)
-
-
-def _side_by_side(found: list[Found]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where each part's pairs of each row start, and how many there are [parts, B]; all latents and values [P]."""
-    counts = torch.stack([part.counts_B for part in found])
-    ends = counts.flatten().cumsum(0).view_as(counts)
-    latents_P, values_P = (torch.cat(some) for some in ([p.latents_P for p in found], [p.values_P for p in found]))
-    return ends - counts, counts, latents_P, values_P
-
-
-def _merged(found: list[Found]) -> Pairs:
-    """All pairs, by row."""
-    starts, counts, latents_P, values_P = _side_by_side(found)
-    counts_B = counts.sum(0)
-    if len(found) > 1:
-        parts_latents_P, parts_values_P = latents_P, values_P
-        latents_P, values_P = torch.empty_like(latents_P), torch.empty_like(values_P)
-        _spread(
-            loops.merge_rows, len(counts_B), starts, counts, parts_latents_P, parts_values_P,
-            counts_B.cumsum(0) - counts_B, latents_P, values_P,
-        )  # fmt: skip
-    rows_P = torch.arange(len(counts_B)).repeat_interleave(counts_B, output_size=len(latents_P))
-    return Pairs(rows_P, latents_P, values_P, values_P)
+def _largest_of_few(x_BD: Tensor, encoder: Encoder, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents and values [B, count], the first of which are of the positive ones, ascending by latent; how many. [B]"""
+    values, latents = _pre_activations(x_BD, encoder).topk(count, dim=1)
+    order = latents.where(values > 0, encoder.width).argsort(dim=1)
+    return latents.gather(1, order), values.gather(1, order), (values > 0).sum(1)
 
 
 def _sums(starts: Tensor, order_P: Tensor, rows_P: Tensor, weights_P: Tensor, table: Tensor) -> Tensor:
-    out = table.new_empty(len(starts), table.shape[1])
+    out = weights_P.new_empty(len(starts), table.shape[1])
     starts = _with_end(starts, len(order_P))
     _spread(loops.sum_rows, len(out), starts, order_P, rows_P, weights_P.contiguous(), table.contiguous(), out)
     return out
+
+
+def _in_order(by_latent: ByLatent, rows_P: Tensor, weights_P: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _with_end(by_latent.starts_F, len(rows_P)), by_latent.order_P, rows_P, weights_P.contiguous()
 
 
 def _with_end(starts: Tensor, end: int) -> Tensor:
@@ -242,7 +296,7 @@ def _numbers(dtype: torch.dtype, rates: list[float]) -> list[Any]:
 
 def _spread(loop: Callable[..., None], n_items: int, *arguments: Any) -> None:
     """Runs a loop over [0, n_items), cut over torch's threads."""
-    plain = [one.numpy() if isinstance(one, Tensor) else one for one in arguments]
+    plain = [_array(one) if isinstance(one, Tensor) else one for one in arguments]
     n_parts = min(torch.get_num_threads(), n_items)
     if n_parts <= 1:
         loop(*plain, 0, n_items)
@@ -252,6 +306,11 @@ def _spread(loop: Callable[..., None], n_items: int, *arguments: Any) -> None:
     loop(*plain, 0, ends[1])
     for other in others:
         other.result()
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """Of bfloat16 the bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 @cache

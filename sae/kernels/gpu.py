@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sae.kernels import Kernels, Result, triton_adam, triton_products, triton_select
+from sae.kernels import Kernels, Result, TooDense, triton_adam, triton_products, triton_select
 from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix
 from sae.kernels.recorded import Recorded
 from sae.pairs import Pairs
@@ -76,11 +76,15 @@ class Gpu(Kernels):
         return Pairs(rows_P, latents_P, values_P, values_P)
 
     def select_threshold(
-        self, x_BD: Tensor, encoder: Encoder, threshold_F: Tensor, pre_BF: Tensor | None = None
-    ) -> Pairs:
+        self, x_BD: Tensor, encoder: Encoder, threshold_F: Tensor, pre_BF: Tensor | None = None,
+        most: int | None = None,
+    ) -> Pairs:  # fmt: skip
         """Reads the number of pairs back: of all operations the only one."""
         pre_BF = torch.add(_product(x_BD, encoder, None), encoder.bias_F, out=pre_BF)
-        return Pairs.where(pre_BF > threshold_F, pre_BF)
+        pairs = Pairs.where(pre_BF > threshold_F, pre_BF)
+        if most is not None and len(pairs.rows_P) > most:
+            raise TooDense
+        return pairs
 
     def decode(self, entries: Entries, values_P: Tensor, w_FD: Tensor) -> Tensor:
         out_GD = torch.zeros(entries.n_rows, w_FD.shape[1], device=w_FD.device)

@@ -2,16 +2,17 @@
 
 Each works on its part [first, last) of what it writes and releases the interpreter's lock, so that threads share the
 work and the bits do not depend on their number. Sums are reassociated into vectors; nothing else is (no fast division,
-NaN stays NaN).
+NaN stays NaN). Arrays of bfloat16 come as their bits, uint16: numba has no such type.
 """
 
 from collections.abc import Callable
 
 import numba
 import numpy as np
+from numba import types
+from numba.extending import overload
 
-BLOCK = 64  # entries that are looked at together when few of them are wanted
-PER_LATENT = 4  # groups of a row of which the maxima are taken, for each latent wanted
+WORD = 8  # marks that are looked at together when few of them are set
 
 
 def compiled(function: Callable) -> Callable:
@@ -19,183 +20,280 @@ def compiled(function: Callable) -> Callable:
     return numba.njit(function, nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
 
-@compiled
-def count_above(pre, threshold, floor, counts, first, last):
-    """How many entries of each row are above their column's threshold and their row's floor. pre [B, C], threshold [C],
-    floor [B], counts [B]"""
-    for row in range(first, last):
-        entries, least, total = pre[row], floor[row], 0
-        for column in range(entries.shape[0]):
-            total += (entries[column] > threshold[column]) & (entries[column] > least)
-        counts[row] = total
+def wide(value):
+    """A number to calculate with."""
+    raise NotImplementedError
+
+
+@overload(wide, inline="always")
+def _wide(value):
+    if isinstance(value, types.Float):
+        return lambda value: value
+    return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+
+
+def key(value):
+    """An integer: of positive numbers the larger has the larger, negative ones have negative ones."""
+    raise NotImplementedError
+
+
+@overload(key, inline="always")
+def _key(value):
+    if value == types.float64:
+        return lambda value: np.float64(value).view(np.int64)
+    return lambda value: np.float32(value).view(np.int32)
 
 
 @compiled
-def write_above(pre, threshold, floor, starts, column, latents, values, first, last):
-    """Writes those that `count_above` counted, each row's from its start on; `column` is the first one's latent.
-    starts [B]"""
-    for row in range(first, last):
-        entries, least, at = pre[row], floor[row], starts[row]
-        for begin in range(0, entries.shape[0], BLOCK):
-            block, limits = entries[begin : begin + BLOCK], threshold[begin : begin + BLOCK]
-            there = 0
-            for n in range(block.shape[0]):
-                there += (block[n] > limits[n]) & (block[n] > least)
-            if there > 0:
-                for n in range(block.shape[0]):
-                    if block[n] > limits[n] and block[n] > least:
-                        latents[at] = column + begin + n
-                        values[at] = block[n]
-                        at += 1
+def narrow(value):
+    """The bits of the nearest bfloat16, of two equally near the even one."""
+    bits = np.float32(value).view(np.uint32)
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
 @compiled
-def merge_rows(starts, counts, latents, values, out_starts, out_latents, out_values, first, last):
-    """Each row's pairs of several parts, one part after another. starts, counts [parts, B], out_starts [B]"""
-    for row in range(first, last):
-        at = out_starts[row]
-        for part in range(starts.shape[0]):
-            for p in range(starts[part, row], starts[part, row] + counts[part, row]):
-                out_latents[at] = latents[p]
-                out_values[at] = values[p]
-                at += 1
+def centre_columns(y, centre, rest, sums, squares, first, last):
+    """rest = centre − y, and of each column the sum of that and of its square. sums, squares [D], of float64"""
+    total, total_square, middle = np.zeros(last - first), np.zeros(last - first), centre[first:last]
+    for row in range(y.shape[0]):
+        mine, away = y[row, first:last], rest[row, first:last]
+        for column in range(mine.shape[0]):
+            away[column] = middle[column] - mine[column]
+            distance = np.float64(away[column])
+            total[column] += distance
+            total_square[column] += distance * distance
+    sums[first:last] = total
+    squares[first:last] = total_square
 
 
 @compiled
-def largest_of_parts(starts, counts, latents, values, count, out_latents, out_values, out_counts, first, last):
-    """The `count` largest of each row's pairs of several parts, all positive. starts, counts [parts, B];
-    out_latents, out_values [B, count]; out_counts [B]"""
-    for row in range(first, last):
-        n_found = 0
-        for part in range(starts.shape[0]):
-            n_found += counts[part, row]
-        found, places = np.empty(n_found, values.dtype), np.empty(n_found, latents.dtype)
-        at = 0
-        for part in range(starts.shape[0]):
-            for p in range(starts[part, row], starts[part, row] + counts[part, row]):
-                found[at] = values[p]
-                places[at] = latents[p]
-                at += 1
-        out_counts[row] = keep_largest(found, places, n_found, count, out_latents[row], out_values[row])
+def cut_of(keys, rank):
+    """The largest number, or one that cuts off as many, that at least `rank` of the keys are no less than; 0 if there
+    are fewer positive ones."""
+    cut = 0
+    for bit in range(8 * keys.itemsize - 2, -1, -1):
+        trial, there = keys.dtype.type(cut | (1 << bit)), np.float32(0)
+        for n in range(keys.shape[0]):
+            there += np.float32(1) if keys[n] >= trial else np.float32(0)
+        if there >= rank:
+            cut = cut | (1 << bit)
+        if there == rank:
+            break
+    return cut
 
 
 @compiled
-def keep_largest(found, places, n_found, count, latents, values):
-    """Writes the `count` largest of the first `n_found`, in their order; how many there are."""
-    spare = count
-    if n_found <= count:
-        for n in range(n_found):
-            latents[n] = places[n]
-            values[n] = found[n]
-        return n_found
-    cut = np.partition(found[:n_found], n_found - count)[n_found - count]
-    for n in range(n_found):
-        spare -= found[n] > cut
-    at = 0
-    for n in range(n_found):
-        if found[n] > cut or (found[n] == cut and spare > 0):
-            spare -= found[n] == cut
-            latents[at] = places[n]
-            values[at] = found[n]
-            at += 1
-    return at
-
-
-@compiled
-def largest_of_rows(pre, count, latents, values, counts, first, last):
-    """The `count` largest positive entries of each row, by column. pre [B, C]; latents, values [B, count]; counts [B]
-
-    The count-th largest of the maxima of some groups is no larger than the count-th largest entry: all that is sought
-    lies at or above it, and little else.
-    """
+def floors(pre, bias, rank, size, keys, floor, first, last):
+    """Of each row a number that at least `rank` entries of different groups of `size` neighbours are no less than, and
+    few others; 0 if there is none. pre [B, C], bias [C]; keys: an empty array of the keys' type; floor [B]"""
     width = pre.shape[1]
-    size = max(1, min(BLOCK, width // (PER_LATENT * count)))
     n_groups = (width + size - 1) // size
-    maxima = np.empty(n_groups, pre.dtype)
-    found, places = np.empty(width, pre.dtype), np.empty(width, np.int64)
+    maxima, cut = np.empty(n_groups, keys.dtype), np.empty(1, keys.dtype)
     for row in range(first, last):
         entries = pre[row]
         for group in range(n_groups):
-            block = entries[group * size : (group + 1) * size]
-            largest = block[0]
-            for n in range(1, block.shape[0]):
-                largest = max(largest, block[n])
+            block, plus = entries[group * size : (group + 1) * size], bias[group * size : (group + 1) * size]
+            largest = maxima.dtype.type(0)
+            for n in range(block.shape[0]):
+                largest = max(largest, key(wide(block[n]) + plus[n]))
             maxima[group] = largest
-        floor = np.partition(maxima, n_groups - count)[n_groups - count] if n_groups >= count else maxima[0] * 0
-        n_found = 0
-        for group in range(n_groups):
-            if maxima[group] >= floor and maxima[group] > 0:
-                for column in range(group * size, min(width, (group + 1) * size)):
-                    if entries[column] >= floor and entries[column] > 0:
-                        found[n_found] = entries[column]
-                        places[n_found] = column
-                        n_found += 1
-        counts[row] = keep_largest(found, places, n_found, count, latents[row], values[row])
+        cut[0] = cut_of(maxima, rank)
+        floor[row] = cut.view(floor.dtype)[0]
+
+
+@compiled
+def append_above(pre, bias, threshold, floor, column, starts, counts, latents, values, first, last):
+    """Appends to each row's pairs its entries that are above their column's threshold and no less than the row's floor.
+
+    `column` is the first one's latent. A row's pairs lie from its start on; those for which there is no room before the
+    next row's start, less a word, are only counted. pre [B, C], bias, threshold [C], floor, counts [B], starts [B + 1]
+    """
+    width = pre.shape[1]
+    n_words = (width + WORD - 1) // WORD
+    marks = np.zeros(n_words * WORD, np.uint8)
+    words = marks.view(np.int64)
+    for row in range(first, last):
+        entries, least, at, end = pre[row], floor[row], starts[row] + counts[row], starts[row + 1]
+        for n in range(width):
+            value = wide(entries[n]) + bias[n]
+            marks[n] = (value > threshold[n]) & (value >= least)
+        for word in range(n_words):
+            if words[word] != 0:
+                if at + WORD <= end:
+                    for n in range(WORD * word, min(WORD * word + WORD, width)):
+                        latents[at] = column + n
+                        values[at] = wide(entries[n]) + bias[n]
+                        at += marks[n]
+                else:
+                    at += (words[word] * 0x0101010101010101) >> 56  # how many marks
+        counts[row] = at - starts[row]
+
+
+@compiled
+def gather(starts, counts, latents, values, out_starts, out_rows, out_latents, out_values, first, last):
+    """Each row's pairs, one row after another. out_starts [B]"""
+    for row in range(first, last):
+        begin, at = starts[row], out_starts[row]
+        for n in range(counts[row]):
+            out_rows[at + n] = row
+            out_latents[at + n] = latents[begin + n]
+            out_values[at + n] = values[begin + n]
+
+
+@compiled
+def keep_largest(starts, counts, latents, values, keys, count, out_latents, out_values, out_counts, first, last):
+    """The `count` largest of each row's pairs, all positive, in their order; of those equal to the smallest the first.
+    keys: the values' bits. out_latents, out_values [B, count]; out_counts [B]"""
+    for row in range(first, last):
+        begin, end = starts[row], starts[row] + counts[row]
+        mine, spare, at = keys[begin:end], count, 0
+        cut = mine.dtype.type(cut_of(mine, count))
+        for n in range(mine.shape[0]):
+            spare -= mine[n] > cut
+        for n in range(mine.shape[0]):
+            if mine[n] > cut or (mine[n] == cut and spare > 0):
+                spare -= mine[n] == cut
+                out_latents[row, at] = latents[begin + n]
+                out_values[row, at] = values[begin + n]
+                at += 1
+        out_counts[row] = at
+
+
+@compiled
+def add_rows(total, order, rows, weights, table):
+    """total += Σ weights[p]·table[rows[p]] over the pairs p of `order`. total [D]"""
+    at, n_columns = 0, table.shape[1]
+    while at + 4 <= order.shape[0]:
+        p, q, r, s = order[at], order[at + 1], order[at + 2], order[at + 3]
+        wp, wq, wr, ws = weights[p], weights[q], weights[r], weights[s]
+        tp, tq, tr, ts = table[rows[p]], table[rows[q]], table[rows[r]], table[rows[s]]
+        for column in range(n_columns):
+            total[column] += (
+                wp * wide(tp[column]) + wq * wide(tq[column]) + wr * wide(tr[column]) + ws * wide(ts[column])
+            )
+        at += 4
+    while at < order.shape[0]:
+        weight, row = weights[order[at]], table[rows[order[at]]]
+        for column in range(n_columns):
+            total[column] += weight * wide(row[column])
+        at += 1
 
 
 @compiled
 def sum_rows(starts, order, rows, weights, table, out, first, last):
     """out[g] = Σ weights[p]·table[rows[p]] over the pairs p = order[starts[g]:starts[g + 1]]."""
-    n_columns = table.shape[1]
     for group in range(first, last):
-        total, at, end = out[group], starts[group], starts[group + 1]
-        total[:] = 0
-        while at + 4 <= end:
-            p, q, r, s = order[at], order[at + 1], order[at + 2], order[at + 3]
-            wp, wq, wr, ws = weights[p], weights[q], weights[r], weights[s]
-            tp, tq, tr, ts = table[rows[p]], table[rows[q]], table[rows[r]], table[rows[s]]
-            for column in range(n_columns):
-                total[column] += wp * tp[column] + wq * tq[column] + wr * tr[column] + ws * ts[column]
-            at += 4
-        while at < end:
-            weight, row = weights[order[at]], table[rows[order[at]]]
-            for column in range(n_columns):
-                total[column] += weight * row[column]
-            at += 1
+        out[group] = 0
+        add_rows(out[group], order[starts[group] : starts[group + 1]], rows, weights, table)
+
+
+@compiled
+def rebuild(starts, order, latents, values, table, rest, scale, grad, is_narrow, squares, first, last):
+    """Adds to each row of `rest` what its pairs give, puts `scale` times that in `grad`, which `is_narrow` if it is of
+    bfloat16, and the sum of its squares in `squares`. [B]"""
+    for row in range(first, last):
+        error, slope, total = rest[row], grad[row], squares.dtype.type(0)
+        add_rows(error, order[starts[row] : starts[row + 1]], latents, values, table)
+        for column in range(error.shape[0]):
+            total += error[column] * error[column]
+        squares[row] = total
+        if is_narrow:
+            for column in range(error.shape[0]):
+                slope[column] = narrow(scale * error[column])
+        else:
+            for column in range(error.shape[0]):
+                slope[column] = scale * error[column]
 
 
 @compiled
 def multiply_rows(rows, latents, left, right, out, first, last):
     """out[p] = left[rows[p]]·right[latents[p]]."""
-    zero = left[0, 0] * 0
+    zero = out.dtype.type(0)
     for p in range(first, last):
         one, other, total = left[rows[p]], right[latents[p]], zero
         for column in range(one.shape[0]):
-            total += one[column] * other[column]
+            total += wide(one[column]) * wide(other[column])
         out[p] = total
 
 
 @compiled
+def multiply_row(w, order, rows, table, out):
+    """out[p] = w·table[rows[p]] for the pairs p of `order`."""
+    at, zero = 0, w.dtype.type(0)
+    while at + 4 <= order.shape[0]:
+        p, q, r, s = order[at], order[at + 1], order[at + 2], order[at + 3]
+        tp, tq, tr, ts = table[rows[p]], table[rows[q]], table[rows[r]], table[rows[s]]
+        ap, aq, ar, as_ = zero, zero, zero, zero
+        for column in range(w.shape[0]):
+            ap += wide(tp[column]) * w[column]
+            aq += wide(tq[column]) * w[column]
+            ar += wide(tr[column]) * w[column]
+            as_ += wide(ts[column]) * w[column]
+        out[p], out[q], out[r], out[s] = ap, aq, ar, as_
+        at += 4
+    while at < order.shape[0]:
+        row, total = table[rows[order[at]]], zero
+        for column in range(w.shape[0]):
+            total += wide(row[column]) * w[column]
+        out[order[at]] = total
+        at += 1
+
+
+@compiled
 def fit_rows(
-    parameter, starts, order, rows, weights, table, mean, square, along, unit,
+    parameter, starts, order, rows, weights, table, mean, square, copy, is_narrow, along, unit,
     rate, mean_share, square_share, correction, epsilon, first, last,
 ):  # fmt: skip
-    """Adam on each row with the gradient of `sum_rows`, which stays in the cache; `sae.kernels.rates` are its rates.
+    """Adam on each row with the gradient that `sum_rows` gives, which stays in the cache; `sae.kernels.rates` are its rates.
 
-    If `unit`, to rows of norm 1, without the gradient's part along the row, which is `along` of it.
+    If `unit`, to rows of norm 1, without the gradient's part along the row, which is `along` of it. If `is_narrow`, a
+    copy in bfloat16 is kept.
     """
-    gradient, pairs = np.empty((1, table.shape[1]), table.dtype), np.empty(2, starts.dtype)
+    gradient = np.empty(table.shape[1], parameter.dtype)
     for row in range(first, last):
-        pairs[0], pairs[1] = starts[row], starts[row + 1]
-        sum_rows(pairs, order, rows, weights, table, gradient, 0, 1)
-        share = along[row] if unit else along[0] * 0
+        gradient[:] = 0
+        add_rows(gradient, order[starts[row] : starts[row + 1]], rows, weights, table)
+        share = along[row] if unit else parameter.dtype.type(0)
         adam_row(
-            parameter[row], gradient[0], mean[row], square[row], share, unit,
+            parameter[row], gradient, mean[row], square[row], copy[row], is_narrow, share, unit,
             rate, mean_share, square_share, correction, epsilon,
         )  # fmt: skip
 
 
 @compiled
-def adam_row(w, g, m, v, along, unit, rate, mean_share, square_share, correction, epsilon):
+def fit_decoder(
+    parameter, starts, order, rows, values, table, mean, square, copy, is_narrow, slopes,
+    rate, mean_share, square_share, correction, epsilon, first, last,
+):  # fmt: skip
+    """`fit_rows` to rows of norm 1, with what `multiply_rows` gives, of the same rows of the table, in `slopes`."""
+    gradient = np.empty(table.shape[1], parameter.dtype)
+    for row in range(first, last):
+        mine, along = order[starts[row] : starts[row + 1]], parameter.dtype.type(0)
+        multiply_row(parameter[row], mine, rows, table, slopes)
+        for p in mine:
+            along += values[p] * slopes[p]
+        gradient[:] = 0
+        add_rows(gradient, mine, rows, values, table)
+        adam_row(
+            parameter[row], gradient, mean[row], square[row], copy[row], is_narrow, along, True,
+            rate, mean_share, square_share, correction, epsilon,
+        )  # fmt: skip
+
+
+@compiled
+def adam_row(w, g, m, v, copy, is_narrow, along, unit, rate, mean_share, square_share, correction, epsilon):
     for column in range(w.shape[0]):
         slope = g[column] - along * w[column]
         m[column] += mean_share * (slope - m[column])
         v[column] += square_share * (slope * slope - v[column])
         w[column] -= rate * m[column] / (np.sqrt(v[column]) * correction + epsilon)
     if unit:
-        norm = along * 0
+        norm = w.dtype.type(0)
         for column in range(w.shape[0]):
             norm += w[column] * w[column]
-        scale = 1 / np.sqrt(norm)
+        scale = w.dtype.type(1) / np.sqrt(norm)
         for column in range(w.shape[0]):
             w[column] *= scale
+    if is_narrow:
+        for column in range(w.shape[0]):
+            copy[column] = narrow(w[column])

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sae.kernels import Kernels
+from sae.kernels import Kernels, TooDense
 from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix
 from sae.pairs import Pairs
 
@@ -25,10 +25,14 @@ class Reference(Kernels):
         return Pairs.where(mask_BF & (found_BF > 0), found_BF)
 
     def select_threshold(
-        self, x_BD: Tensor, encoder: Encoder, threshold_F: Tensor, pre_BF: Tensor | None = None
-    ) -> Pairs:
+        self, x_BD: Tensor, encoder: Encoder, threshold_F: Tensor, pre_BF: Tensor | None = None,
+        most: int | None = None,
+    ) -> Pairs:  # fmt: skip
         found_BF = _pre_activations(x_BD, encoder, pre_BF)
-        return Pairs.where(found_BF > threshold_F, found_BF)
+        pairs = Pairs.where(found_BF > threshold_F, found_BF)
+        if most is not None and len(pairs.rows_P) > most:
+            raise TooDense
+        return pairs
 
     def decode(self, entries: Entries, values_P: Tensor, w_FD: Tensor) -> Tensor:
         return _spread(entries, values_P) @ w_FD

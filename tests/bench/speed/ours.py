@@ -38,7 +38,8 @@ def made(job: dict, activation: str, k: int) -> TrainingDictionary:
         id="bench", kind="sae", site="resid_post", layers=(0,), activation=activation, width=job["width"], l0=k,
         seed=0, folder="bench",
     )  # fmt: skip
-    return TrainingDictionary(spec, {"resid_post.0": job["columns"]}, torch.device("cpu"))
+    products = getattr(torch, job["products"])
+    return TrainingDictionary(spec, {"resid_post.0": job["columns"]}, torch.device("cpu"), products=products)
 
 
 def stepping(job: dict, dictionaries: list[TrainingDictionary]) -> Part:
