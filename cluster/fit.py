@@ -136,7 +136,11 @@ class Rank:
         self.job, self.number, self.device = job, number, device
         self.order, self.place, team = Order.of(job.recipe), job.layout.place(number), team_of(job.layout, number)
         widths = job.layout.widths
-        self.bank = [TrainingDictionary(spec, widths, device, team=team) for spec in job.layout.teams[self.place.team]]
+        products = None if job.recipe.fit.gpu else getattr(torch, job.recipe.fit.products)
+        self.bank = [
+            TrainingDictionary(spec, widths, device, team=team, products=products)
+            for spec in job.layout.teams[self.place.team]
+        ]
         self.position = Position()
         self.started = time.monotonic()
         self.rows_at_start = 0

@@ -148,6 +148,9 @@ class Fit(Strict):
     cpus_per_worker: float = Field(1, gt=0)
     gpu: bool = False
     """One GPU a worker, rows exchanged by nccl; else CPU and gloo."""
+    products: Literal["bfloat16", "float32"] = Field(default_factory=fast_dtype)
+    """What dictionaries that no other rank shares are multiplied in (`sae.fused`); sums, weights and moments are
+    float32. By default what this machine's CPU is fast at; on GPUs it is bfloat16."""
     shards: PositiveInt | None = None
     """Workers over which each dictionary's latents are cut; by default as few as the others allow."""
     replicas: PositiveInt | None = None

@@ -33,6 +33,8 @@ def set_environment() -> None:
         # A rank that reports waits until the controller looks: 2 s by default, most of a small step.
         RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
         TOKENIZERS_PARALLELISM="false",
+        # Torch's threads would spin after each product, on the cores on which the kernels' own then work.
+        OMP_WAIT_POLICY="PASSIVE",
     )
     if cluster_address() is None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))

@@ -113,21 +113,25 @@ class FusedStep:
 
     def _in_order(self, entries: Entries, pairs: Pairs) -> ByLatent:
         self.dictionary.idle.update(pairs, self.n_rows)
-        return entries.by_latent
+        return self.kernels.by_latent(entries)
 
     def _backward(self, pairs: Pairs, grad_values_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of the pre-activations [P], and of what the activation learns."""
         return grad_values_P * (pairs.values_P > 0), {}
 
     def _learn(self, entries: Entries, by_latent: ByLatent, pairs: Pairs) -> None:
-        grad_values_P = self.kernels.fit_decoder(self.w_dec, entries, pairs.values_P, self.grad_BD, self.rates)
+        grad_values_P = self.kernels.fit_decoder(
+            self.w_dec, entries, by_latent, pairs.values_P, self.grad_BD, self.rates
+        )
         grad_pre_P, learned = self._backward(pairs, grad_values_P)
-        b_enc, b_dec = self.kernels.latent_sums(by_latent, grad_pre_P), 2 / self.n_rows * self.error_BD.sum(0)
+        b_enc, back_D = self.kernels.fit_encoder(
+            self.w_enc, by_latent, grad_pre_P, entries.rows_P, self.centred_BD, self.rates
+        )
+        b_dec = 2 / self.n_rows * self.error_BD.sum(0)
         if self.dictionary.spec.autoencodes:  # b_dec is also what is subtracted from the input
-            b_dec -= b_enc.to(self.product_type) @ self.w_enc.copy
+            b_dec -= back_D
         skips = {name: self.centred_BD[:, reads].T @ self.grad_BD[:, writes] for name, reads, writes in self.skips}
         self._step_others({"b_enc": b_enc, "b_dec": b_dec} | skips | learned)
-        self.kernels.fit_rows(self.w_enc, by_latent, grad_pre_P, entries.rows_P, self.centred_BD, self.rates, None)
 
     def _step_others(self, gradients: dict[str, Tensor]) -> None:
         """Adam on all but the matrices; the number of steps of every parameter."""

@@ -149,7 +149,8 @@ def tiny_recipe(tiny_gemma: Path, documents: Path, tmp_path: Path) -> dict:
             {"layers": [1], "sites": ["attn_out", "mlp_in", "mlp_out"], "activations": ["jumprelu"], "widths": [64],
              "l0s": [8]},
         ],
-        "fit": {"workers": 2, "cpus_per_worker": 0.5, "report_every_steps": 2, "checkpoint_every_steps": 10},
+        "fit": {"workers": 2, "cpus_per_worker": 0.5, "report_every_steps": 2, "checkpoint_every_steps": 10,
+                "products": "float32"},
         "evaluation": {"loss_tokens": 512},
     }  # fmt: skip
 

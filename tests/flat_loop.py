@@ -37,7 +37,8 @@ def fit(recipe: Recipe, tokens: np.ndarray, eligible: np.ndarray | None = None) 
         scales = {site: norms[site][keep].square().mean().sqrt().item() for site in sites}
 
         widths = {site.key: outputs[site].shape[-1] for site in sites}
-        bank = [TrainingDictionary(spec, widths, torch.device("cpu")) for spec in specs]
+        products = getattr(torch, recipe.fit.products)
+        bank = [TrainingDictionary(spec, widths, torch.device("cpu"), products=products) for spec in specs]
         size = recipe.window_sequences
         parts = list(zip(everything.split(size), trained.split(size), strict=True))
         epochs = recipe.stream.epochs

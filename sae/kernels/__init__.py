@@ -90,12 +90,26 @@ class Kernels(ABC):
         along a row is left out and rows have norm 1 after the step.
         """
 
-    def fit_decoder(self, matrix: Matrix, entries: Entries, values_P: Tensor, grad_GD: Tensor, rates: Tensor) -> Tensor:
+    def by_latent(self, entries: Entries) -> ByLatent:
+        return entries.by_latent
+
+    def fit_decoder(
+        self, matrix: Matrix, entries: Entries, by_latent: ByLatent, values_P: Tensor, grad_GD: Tensor, rates: Tensor
+    ) -> Tensor:
         """`value_gradients`, and `fit_rows` of the decoder: both need the same rows of `grad_GD`. [P]"""
         grad_values_P = self.value_gradients(entries, grad_GD, matrix.copy)
-        along_F = self.latent_sums(entries.by_latent, values_P * grad_values_P)
-        self.fit_rows(matrix, entries.by_latent, values_P, entries.rows_P, grad_GD, rates, along_F)
+        along_F = self.latent_sums(by_latent, values_P * grad_values_P)
+        self.fit_rows(matrix, by_latent, values_P, entries.rows_P, grad_GD, rates, along_F)
         return grad_values_P
+
+    def fit_encoder(
+        self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`fit_rows`; `latent_sums`, which is the bias' gradient [F], and that times the matrix as it was. [D]"""
+        sums_F = self.latent_sums(by_latent, weights_P)
+        back_D = sums_F.to(matrix.copy.dtype) @ matrix.copy
+        self.fit_rows(matrix, by_latent, weights_P, rows_P, table_GD, rates, None)
+        return sums_F, back_D
 
     @abstractmethod
     def latent_sums(self, by_latent: ByLatent, weights_P: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sae.kernels import Kernels, TooDense, loops
 from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix
@@ -29,8 +30,9 @@ ROOM = 256  # pairs of a row, until more are seen
 SAMPLE_ROWS = 32  # from which a batch's threshold is guessed at first
 GUESSED_SHARE = 0.9  # of the last batch's threshold, above which the next one's largest are looked for
 ENOUGH = 1.25  # times the most pairs of a row of this batch: room for one of the next
-DEVIATIONS = 3  # of the number of a row's largest in its first part: some rows in a thousand have fewer
-LARGEST_GROUP, GROUPS_PER_RANK = 64, 4  # of entries of which the maximum is taken; for each that is wanted
+LEAST_SAMPLE = 2048  # latents from which a row's floor is guessed
+DEVIATIONS = 4  # of the number of a row's largest among those: hardly a row has fewer
+GROUPS_PER_RANK = 8  # of latents, of which the maxima are taken
 MARGIN = 1.3  # times the pairs wanted are looked for: some batches have fewer above a guess
 
 
@@ -41,17 +43,23 @@ class Room:
         """`starts` are the rows' places, and their end. [B + 1]"""
         size = int(starts[-1])
         self.starts, self.counts_B = starts, torch.zeros(len(starts) - 1, dtype=torch.int64)
-        self.latents = SCRATCH.get("latents", 1, size, torch.int64)[0]
+        self.latents = SCRATCH.get("latents", 1, size, torch.int32)[0]
         self.values = SCRATCH.get("values", 1, size, dtype)[0]
 
-    def add(self, first: int, part_BC: Tensor, encoder: Encoder, threshold_F: Tensor, floor_B: Tensor) -> None:
-        """The entries above their latent's threshold and no less than their row's floor; only counted where there is no
-        room."""
-        here = slice(first, first + part_BC.shape[1])
-        _spread(
-            loops.append_above, len(part_BC), part_BC, encoder.bias_F[here], threshold_F[here], floor_B, first,
-            self.starts, self.counts_B, self.latents, self.values,
-        )  # fmt: skip
+    def add_above(self, first: int, part_BC: Tensor, bias_C: Tensor, threshold_C: Tensor) -> None:
+        """The entries above their latent's threshold; only counted where there is no room."""
+        limit_C = _keys(threshold_C - bias_C) >> _shift(part_BC.dtype)
+        self._add(loops.append_above, part_BC, bias_C, limit_C.to(_KEYS[part_BC.dtype]), first)
+
+    def add_from(self, first: int, part_BC: Tensor, bias_C: Tensor, floor_B: Tensor) -> None:
+        """The entries no less than their row's floor; where there is no room, they are counted, and perhaps others."""
+        filled = functional.pad(bias_C, (0, -len(bias_C) % loops.BLOCK), value=-torch.inf)
+        tops = filled.view(-1, loops.BLOCK).amax(1)
+        keys = torch.empty(0, dtype=_KEYS[part_BC.dtype])
+        self._add(loops.append_from, part_BC, bias_C, tops, floor_B, keys, _shift(part_BC.dtype), first)
+
+    def _add(self, loop: Callable[..., None], part_BC: Tensor, *arguments: Any) -> None:
+        _spread(loop, len(part_BC), part_BC, *arguments, self.starts, self.counts_B, self.latents, self.values)
 
     @property
     def full_B(self) -> Tensor:
@@ -92,21 +100,25 @@ class Cpu(Kernels):
         found = self._above_guess(x_BD, encoder, count, GUESSED_SHARE * self.cut, pre_BF)
         if len(found.pre_P) <= count:
             return found
-        cut = found.pre_P.kthvalue(len(found.pre_P) - count + 1).values
+        keys_P = found.pre_P.view(_KEYS[found.pre_P.dtype])  # of positive numbers
+        cut = torch.tensor(loops.cut_of(keys_P.numpy(), count), dtype=keys_P.dtype).view(found.pre_P.dtype)
         self.cut = cut.item()
-        return found.where_also(found.pre_P >= cut)
+        kept = [torch.empty_like(one) for one in found[:3]]
+        end = loops.keep_above(self.cut, *map(_array, found[:3]), *map(_array, kept))
+        rows_P, latents_P, values_P = (one[:end] for one in kept)
+        return Pairs(rows_P, latents_P, values_P, values_P)
 
     def select_threshold(
         self, x_BD: Tensor, encoder: Encoder, threshold_F: Tensor, pre_BF: Tensor | None = None,
         most: int | None = None,
     ) -> Pairs:  # fmt: skip
-        threshold_F = threshold_F.to(encoder.bias_F.dtype).expand(encoder.width).contiguous()
-        floor_B = threshold_F.new_full((len(x_BD),), -torch.inf)
+        threshold_F = threshold_F.to(encoder.bias_F.dtype).expand(encoder.width)
         starts = torch.arange(len(x_BD) + 1) * self.room
         while True:
             found = Room(starts, threshold_F.dtype)
             for first, part_BC in _parts(x_BD, encoder, pre_BF):
-                found.add(first, part_BC, encoder, threshold_F, floor_B)
+                here = slice(first, first + part_BC.shape[1])
+                found.add_above(first, part_BC, encoder.bias_F[here], threshold_F[here])
             if most is not None and found.counts_B.sum() > most:
                 raise TooDense
             if not found.full_B.any():
@@ -130,7 +142,7 @@ class Cpu(Kernels):
         return squares_G.sum()
 
     def value_gradients(self, entries: Entries, grad_GD: Tensor, w_FD: Tensor) -> Tensor:
-        out_P = w_FD.new_empty(len(entries.rows_P))
+        out_P = torch.empty(len(entries.rows_P), dtype=torch.promote_types(w_FD.dtype, torch.float32))
         _spread(loops.multiply_rows, len(out_P), entries.rows_P, entries.latents_P, grad_GD.contiguous(), w_FD, out_P)
         return out_P
 
@@ -141,18 +153,39 @@ class Cpu(Kernels):
         self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor,
         along_F: Tensor | None,
     ) -> None:  # fmt: skip
+        self._fit(matrix, by_latent, weights_P, rows_P, table_GD, rates, along_F)
+
+    def fit_encoder(
+        self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self._fit(matrix, by_latent, weights_P, rows_P, table_GD, rates, None)
+
+    def _fit(
+        self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor,
+        along_F: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         w_FD, moments, copy = matrix
+        sums_F = w_FD.new_empty(len(w_FD))
+        backs = w_FD.new_zeros(min(torch.get_num_threads(), len(w_FD)), w_FD.shape[1])
         _spread(
             loops.fit_rows, len(w_FD), w_FD, *_in_order(by_latent, rows_P, weights_P), table_GD.contiguous(), *moments,
             copy, copy.dtype != w_FD.dtype, w_FD.new_zeros(1) if along_F is None else along_F, along_F is not None,
-            *_numbers(w_FD.dtype, rates.tolist()),
+            sums_F, backs, *_numbers(w_FD.dtype, rates.tolist()),
         )  # fmt: skip
+        return sums_F, backs.sum(0)
 
-    def fit_decoder(self, matrix: Matrix, entries: Entries, values_P: Tensor, grad_GD: Tensor, rates: Tensor) -> Tensor:
+    def by_latent(self, entries: Entries) -> ByLatent:
+        starts, order_P = torch.empty(entries.width + 1, dtype=torch.int64), torch.empty_like(entries.latents_P)
+        loops.sort_by_latent(entries.latents_P.contiguous().numpy(), starts.numpy(), order_P.numpy())
+        return ByLatent(order_P, starts[:-1])
+
+    def fit_decoder(
+        self, matrix: Matrix, entries: Entries, by_latent: ByLatent, values_P: Tensor, grad_GD: Tensor, rates: Tensor
+    ) -> Tensor:
         w_FD, moments, copy = matrix
         grad_values_P = torch.empty_like(values_P)
         _spread(
-            loops.fit_decoder, len(w_FD), w_FD, *_in_order(entries.by_latent, entries.rows_P, values_P),
+            loops.fit_decoder, len(w_FD), w_FD, *_in_order(by_latent, entries.rows_P, values_P),
             grad_GD.contiguous(), *moments, copy, copy.dtype != w_FD.dtype, grad_values_P,
             *_numbers(w_FD.dtype, rates.tolist()),
         )  # fmt: skip
@@ -225,22 +258,37 @@ class Scratch(threading.local):
 
 
 SCRATCH = Scratch()
-_KEYS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_KEYS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def _keys(values: Tensor) -> Tensor:
+    """`loops.key` of each."""
+    bits = values.view(_KEYS[values.dtype])
+    sign = bits >> (8 * bits.itemsize - 1)
+    return ((bits & torch.iinfo(bits.dtype).max) ^ sign) - sign
+
+
+def _shift(dtype: torch.dtype) -> int:
+    """By how many bits their keys are shorter than those of what they are added up in."""
+    return 16 if dtype == torch.bfloat16 else 0
 
 
 def _largest_of_rows(x_BD: Tensor, encoder: Encoder, count: int, pre_BF: Tensor | None) -> Pairs:
-    """A row's floor is guessed from its first part, in which about as many of its largest lie as in any other. For rows
-    that have fewer above it than are wanted, or more than there is room for, all is done again."""
+    """A row's floor is guessed from some latents, among which about as many of its largest lie as among any others. For
+    rows that have fewer above it than are wanted, or more than there is room for, all is done again."""
     n_rows, dtype = len(x_BD), encoder.bias_F.dtype
-    zero_F, floor_B = encoder.bias_F.new_zeros(encoder.width), encoder.bias_F.new_zeros(n_rows)
+    floor_B, positive = encoder.bias_F.new_empty(n_rows), torch.finfo(dtype).smallest_normal
     for first, part_BC in _parts(x_BD, encoder, pre_BF):
         if first == 0:
-            share = part_BC.shape[1] / encoder.width
+            sample = min(part_BC.shape[1], max(LEAST_SAMPLE, encoder.width // 8))
+            share = sample / encoder.width
             rank = count if share == 1 else math.ceil(count * share + DEVIATIONS * math.sqrt(count * share))
-            _guess_floors(part_BC, encoder.bias_F, rank, floor_B)
-            found = Room(torch.arange(n_rows + 1) * (math.ceil(2 * rank / share) + 2 * loops.WORD), dtype)
-        found.add(first, part_BC, encoder, zero_F, floor_B)
-    lacking_B = found.full_B | ((found.counts_B < count) & (floor_B > 0))
+            n_groups, keys = min(sample, GROUPS_PER_RANK * rank), torch.empty(0, dtype=_KEYS[dtype])
+            _spread(loops.floors, n_rows, part_BC, encoder.bias_F, sample, rank, n_groups, keys, floor_B)
+            floor_B.clamp_min_(positive)
+            found = Room(torch.arange(n_rows + 1) * (math.ceil(4 * rank / share) + loops.WORD), dtype)
+        found.add_from(first, part_BC, encoder.bias_F[first : first + part_BC.shape[1]], floor_B)
+    lacking_B = found.full_B | ((found.counts_B < count) & (floor_B > positive))
     found.counts_B[lacking_B] = 0
     latents = torch.empty(n_rows, count, dtype=torch.int64)
     values, counts_B = torch.empty(n_rows, count, dtype=dtype), torch.empty(n_rows, dtype=torch.int64)
@@ -256,14 +304,6 @@ def _largest_of_rows(x_BD: Tensor, encoder: Encoder, count: int, pre_BF: Tensor 
         return Pairs(rows_P, latents.flatten(), values_P, values_P)
     there = torch.arange(count) < counts_B[:, None]
     return Pairs(there.nonzero()[:, 0], latents[there], values[there], values[there])
-
-
-def _guess_floors(part_BC: Tensor, bias_F: Tensor, rank: int, floor_B: Tensor) -> None:
-    """The rank-th largest of the maxima of some groups is no larger than the rank-th largest entry."""
-    width = part_BC.shape[1]
-    size = 1 << max(0, int(math.log2(min(LARGEST_GROUP, max(1, width / (GROUPS_PER_RANK * rank))))))
-    keys = torch.empty(0, dtype=_KEYS[floor_B.dtype])
-    _spread(loops.floors, len(part_BC), part_BC, bias_F[:width], rank, size, keys, floor_B)
 
 
 def _largest_of_few(x_BD: Tensor, encoder: Encoder, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -133,12 +133,14 @@ class Gpu(Kernels):
             copy, along_F, len(rows_P), n_columns, rates, UNIT=unit, TILES=tiles if unit else 1, **SUMMED,
         )  # fmt: skip
 
-    def fit_decoder(self, matrix: Matrix, entries: Entries, values_P: Tensor, grad_GD: Tensor, rates: Tensor) -> Tensor:
+    def fit_decoder(
+        self, matrix: Matrix, entries: Entries, by_latent: ByLatent, values_P: Tensor, grad_GD: Tensor, rates: Tensor
+    ) -> Tensor:
         w_FD, moments, copy = matrix
         (n_latents, n_columns), n_pairs = w_FD.shape, len(values_P)
         if n_columns > WIDEST:
-            return super().fit_decoder(matrix, entries, values_P, grad_GD, rates)
-        order_P, starts_F = entries.by_latent
+            return super().fit_decoder(matrix, entries, by_latent, values_P, grad_GD, rates)
+        order_P, starts_F = by_latent
         grad_values_P = torch.empty_like(values_P)
         head = max(1, triton.next_power_of_2(n_columns) // 2)
         tail = max(1, triton.next_power_of_2(n_columns - head))

@@ -10,8 +10,10 @@ from collections.abc import Callable
 import numba
 import numpy as np
 from numba import types
+from numba.cpython.unsafe.numbers import trailing_zeros
 from numba.extending import overload
 
+BLOCK = 64  # entries that are compared with one number
 WORD = 8  # marks that are looked at together when few of them are set
 
 
@@ -33,15 +35,24 @@ def _wide(value):
 
 
 def key(value):
-    """An integer: of positive numbers the larger has the larger, negative ones have negative ones."""
+    """An integer of its size, larger for a larger number; of bfloat16, the upper half of that of a float32."""
     raise NotImplementedError
 
 
 @overload(key, inline="always")
 def _key(value):
-    if value == types.float64:
-        return lambda value: np.float64(value).view(np.int64)
-    return lambda value: np.float32(value).view(np.int32)
+    if value == types.uint16:
+        return lambda value: np.int16(_ordered(np.int16(value), np.int16(15), np.int16(0x7FFF)))
+    if value == types.float32:
+        return lambda value: np.int32(_ordered(np.float32(value).view(np.int32), np.int32(31), np.int32(0x7FFFFFFF)))
+    return lambda value: _ordered(np.float64(value).view(np.int64), np.int64(63), np.int64(0x7FFFFFFFFFFFFFFF))
+
+
+@compiled
+def _ordered(bits, last, others):
+    """Of the sign and the magnitude that the other bits are."""
+    sign = bits >> last
+    return ((bits & others) ^ sign) - sign
 
 
 @compiled
@@ -52,18 +63,31 @@ def narrow(value):
 
 
 @compiled
-def centre_columns(y, centre, rest, sums, squares, first, last):
-    """rest = centre − y, and of each column the sum of that and of its square. sums, squares [D], of float64"""
-    total, total_square, middle = np.zeros(last - first), np.zeros(last - first), centre[first:last]
+def centre_columns(y, middle, rest, sums, squares, first, last):
+    """rest = middle − y, and of each column the sum of that and of its square. sums, squares [D], of float64"""
+    total, total_square, mine = np.zeros(last - first), np.zeros(last - first), middle[first:last]
     for row in range(y.shape[0]):
-        mine, away = y[row, first:last], rest[row, first:last]
-        for column in range(mine.shape[0]):
-            away[column] = middle[column] - mine[column]
+        one, away = y[row, first:last], rest[row, first:last]
+        for column in range(one.shape[0]):
+            away[column] = mine[column] - one[column]
             distance = np.float64(away[column])
             total[column] += distance
             total_square[column] += distance * distance
     sums[first:last] = total
     squares[first:last] = total_square
+
+
+@compiled
+def keep_above(cut, rows, latents, values, out_rows, out_latents, out_values):
+    """Writes the pairs whose values are no less than the cut; how many they are. In one thread: each is written where
+    those before it end."""
+    at = 0
+    for p in range(values.shape[0]):
+        out_rows[at] = rows[p]
+        out_latents[at] = latents[p]
+        out_values[at] = values[p]
+        at += np.int64(values[p] >= cut)
+    return at
 
 
 @compiled
@@ -83,50 +107,81 @@ def cut_of(keys, rank):
 
 
 @compiled
-def floors(pre, bias, rank, size, keys, floor, first, last):
-    """Of each row a number that at least `rank` entries of different groups of `size` neighbours are no less than, and
-    few others; 0 if there is none. pre [B, C], bias [C]; keys: an empty array of the keys' type; floor [B]"""
-    width = pre.shape[1]
-    n_groups = (width + size - 1) // size
+def floors(pre, bias, width, rank, n_groups, keys, floor, first, last):
+    """Of each row a number that at least `rank` of the first `width` entries are no less than, and few others, or 0:
+    the rank-th largest of the maxima of groups. keys: an empty array of the type of theirs. pre [B, C], bias [C],
+    floor [B]"""
     maxima, cut = np.empty(n_groups, keys.dtype), np.empty(1, keys.dtype)
     for row in range(first, last):
-        entries = pre[row]
-        for group in range(n_groups):
-            block, plus = entries[group * size : (group + 1) * size], bias[group * size : (group + 1) * size]
-            largest = maxima.dtype.type(0)
-            for n in range(block.shape[0]):
-                largest = max(largest, key(wide(block[n]) + plus[n]))
-            maxima[group] = largest
+        maxima[:] = 0
+        for begin in range(0, width - n_groups + 1, n_groups):
+            block, plus = pre[row, begin : begin + n_groups], bias[begin : begin + n_groups]
+            for n in range(n_groups):
+                maxima[n] = max(maxima[n], key(wide(block[n]) + plus[n]))
         cut[0] = cut_of(maxima, rank)
         floor[row] = cut.view(floor.dtype)[0]
 
 
 @compiled
-def append_above(pre, bias, threshold, floor, column, starts, counts, latents, values, first, last):
-    """Appends to each row's pairs its entries that are above their column's threshold and no less than the row's floor.
+def append_above(pre, bias, limit, column, starts, counts, latents, values, first, last):
+    """Appends to each row's pairs those of its entries whose keys are above their column's. limit [C]
 
     `column` is the first one's latent. A row's pairs lie from its start on; those for which there is no room before the
-    next row's start, less a word, are only counted. pre [B, C], bias, threshold [C], floor, counts [B], starts [B + 1]
+    next row's start, less a word, are only counted. pre [B, C], bias [C], counts [B], starts [B + 1]
     """
-    width = pre.shape[1]
-    n_words = (width + WORD - 1) // WORD
-    marks = np.zeros(n_words * WORD, np.uint8)
-    words = marks.view(np.int64)
+    marks, least = new_marks(pre.shape[1]), bias.dtype.type(-np.inf)
     for row in range(first, last):
-        entries, least, at, end = pre[row], floor[row], starts[row] + counts[row], starts[row + 1]
-        for n in range(width):
+        entries = pre[row]
+        for n in range(entries.shape[0]):
+            marks[n] = key(entries[n]) > limit[n]
+        at = starts[row] + counts[row]
+        end = append_marked(marks, entries, bias, least, column, latents, values, at, starts[row + 1])
+        counts[row] = end - starts[row]
+
+
+@compiled
+def append_from(pre, bias, top, floor, keys, shift, column, starts, counts, latents, values, first, last):
+    """As `append_above`, the entries that are with their bias no less than the row's floor.
+
+    top: the largest bias of each `BLOCK` columns. keys: an empty array of the type of the entries' keys, which are
+    those of the biases' type less `shift` bits. floor [B]
+    """
+    marks = new_marks(pre.shape[1])
+    for row in range(first, last):
+        entries, least = pre[row], floor[row]
+        for block in range(top.shape[0]):
+            some, marked = entries[BLOCK * block : BLOCK * (block + 1)], marks[BLOCK * block : BLOCK * (block + 1)]
+            limit = keys.dtype.type(key(least - top[block]) >> shift)
+            for n in range(some.shape[0]):
+                marked[n] = key(some[n]) >= limit
+        at = starts[row] + counts[row]
+        end = append_marked(marks, entries, bias, least, column, latents, values, at, starts[row + 1])
+        counts[row] = end - starts[row]
+
+
+@compiled
+def new_marks(width):
+    """One for each entry, and as many more as fill a word."""
+    return np.zeros((width + WORD - 1) // WORD * WORD, np.uint8)
+
+
+@compiled
+def append_marked(marks, entries, bias, least, column, latents, values, at, end):
+    """Writes the marked entries that are no less than `least`, with their bias, from `at` on; where they end."""
+    words = marks.view(np.int64)
+    for word in range(words.shape[0]):
+        left = words[word]
+        if left != 0 and at + WORD > end:
+            at += (left * 0x0101010101010101) >> 56  # how many marks
+            left = 0
+        while left != 0:
+            n = WORD * word + (trailing_zeros(left) >> 3)
             value = wide(entries[n]) + bias[n]
-            marks[n] = (value > threshold[n]) & (value >= least)
-        for word in range(n_words):
-            if words[word] != 0:
-                if at + WORD <= end:
-                    for n in range(WORD * word, min(WORD * word + WORD, width)):
-                        latents[at] = column + n
-                        values[at] = wide(entries[n]) + bias[n]
-                        at += marks[n]
-                else:
-                    at += (words[word] * 0x0101010101010101) >> 56  # how many marks
-        counts[row] = at - starts[row]
+            latents[at] = column + n
+            values[at] = value
+            at += np.int64(value >= least)
+            left &= left - 1
+    return at
 
 
 @compiled
@@ -138,6 +193,20 @@ def gather(starts, counts, latents, values, out_starts, out_rows, out_latents, o
             out_rows[at + n] = row
             out_latents[at + n] = latents[begin + n]
             out_values[at + n] = values[begin + n]
+
+
+@compiled
+def sort_by_latent(latents, starts, order):
+    """The pairs in the order of their latents, and the first of each latent. starts [F + 1], order [P]"""
+    starts[:] = 0
+    for latent in latents:
+        starts[latent + 1] += 1
+    for latent in range(starts.shape[0] - 1):
+        starts[latent + 1] += starts[latent]
+    place = starts.copy()
+    for p in range(latents.shape[0]):
+        order[place[latents[p]]] = p
+        place[latents[p]] += 1
 
 
 @compiled
@@ -180,6 +249,24 @@ def add_rows(total, order, rows, weights, table):
 
 
 @compiled
+def longest(starts):
+    length = 0
+    for group in range(starts.shape[0] - 1):
+        length = max(length, starts[group + 1] - starts[group])
+    return length
+
+
+@compiled
+def weighty(order, weights, room):
+    """The pairs that have a weight, of which sums are: others may be among them whose thresholds learn."""
+    length = 0
+    for p in order:
+        room[length] = p
+        length += np.int64(weights[p] != 0)
+    return room[:length]
+
+
+@compiled
 def sum_rows(starts, order, rows, weights, table, out, first, last):
     """out[g] = Σ weights[p]·table[rows[p]] over the pairs p = order[starts[g]:starts[g + 1]]."""
     for group in range(first, last):
@@ -191,9 +278,10 @@ def sum_rows(starts, order, rows, weights, table, out, first, last):
 def rebuild(starts, order, latents, values, table, rest, scale, grad, is_narrow, squares, first, last):
     """Adds to each row of `rest` what its pairs give, puts `scale` times that in `grad`, which `is_narrow` if it is of
     bfloat16, and the sum of its squares in `squares`. [B]"""
+    room = np.empty(longest(starts) + 1, order.dtype)
     for row in range(first, last):
         error, slope, total = rest[row], grad[row], squares.dtype.type(0)
-        add_rows(error, order[starts[row] : starts[row + 1]], latents, values, table)
+        add_rows(error, weighty(order[starts[row] : starts[row + 1]], values, room), latents, values, table)
         for column in range(error.shape[0]):
             total += error[column] * error[column]
         squares[row] = total
@@ -241,21 +329,29 @@ def multiply_row(w, order, rows, table, out):
 
 @compiled
 def fit_rows(
-    parameter, starts, order, rows, weights, table, mean, square, copy, is_narrow, along, unit,
+    parameter, starts, order, rows, weights, table, mean, square, copy, is_narrow, along, unit, sums, backs,
     rate, mean_share, square_share, correction, epsilon, first, last,
 ):  # fmt: skip
-    """Adam on each row with the gradient that `sum_rows` gives, which stays in the cache; `sae.kernels.rates` are its rates.
+    """Adam on each row with the gradient that `sum_rows` gives, which stays in the cache; `sae.kernels.rates` are its
+    rates.
 
     If `unit`, to rows of norm 1, without the gradient's part along the row, which is `along` of it. If `is_narrow`, a
-    copy in bfloat16 is kept.
+    copy in bfloat16 is kept. sums: those of the weights [F]; backs: of each part Σ sums[row]·row, before the step.
     """
-    gradient = np.empty(table.shape[1], parameter.dtype)
+    gradient, room = np.empty(table.shape[1], parameter.dtype), np.empty(longest(starts) + 1, order.dtype)
+    back = backs[(first * backs.shape[0] + parameter.shape[0] - 1) // parameter.shape[0]]
     for row in range(first, last):
+        mine, w, total = order[starts[row] : starts[row + 1]], parameter[row], parameter.dtype.type(0)
+        for p in mine:
+            total += weights[p]
+        sums[row] = total
+        for column in range(w.shape[0]):
+            back[column] += total * w[column]
         gradient[:] = 0
-        add_rows(gradient, order[starts[row] : starts[row + 1]], rows, weights, table)
+        add_rows(gradient, weighty(mine, weights, room), rows, weights, table)
         share = along[row] if unit else parameter.dtype.type(0)
         adam_row(
-            parameter[row], gradient, mean[row], square[row], copy[row], is_narrow, share, unit,
+            w, gradient, mean[row], square[row], copy[row], is_narrow, share, unit,
             rate, mean_share, square_share, correction, epsilon,
         )  # fmt: skip
 
@@ -266,14 +362,14 @@ def fit_decoder(
     rate, mean_share, square_share, correction, epsilon, first, last,
 ):  # fmt: skip
     """`fit_rows` to rows of norm 1, with what `multiply_rows` gives, of the same rows of the table, in `slopes`."""
-    gradient = np.empty(table.shape[1], parameter.dtype)
+    gradient, room = np.empty(table.shape[1], parameter.dtype), np.empty(longest(starts) + 1, order.dtype)
     for row in range(first, last):
         mine, along = order[starts[row] : starts[row + 1]], parameter.dtype.type(0)
         multiply_row(parameter[row], mine, rows, table, slopes)
         for p in mine:
             along += values[p] * slopes[p]
         gradient[:] = 0
-        add_rows(gradient, mine, rows, values, table)
+        add_rows(gradient, weighty(mine, values, room), rows, values, table)
         adam_row(
             parameter[row], gradient, mean[row], square[row], copy[row], is_narrow, along, True,
             rate, mean_share, square_share, correction, epsilon,
@@ -287,6 +383,8 @@ def adam_row(w, g, m, v, copy, is_narrow, along, unit, rate, mean_share, square_
         m[column] += mean_share * (slope - m[column])
         v[column] += square_share * (slope * slope - v[column])
         w[column] -= rate * m[column] / (np.sqrt(v[column]) * correction + epsilon)
+        if is_narrow and not unit:
+            copy[column] = narrow(w[column])
     if unit:
         norm = w.dtype.type(0)
         for column in range(w.shape[0]):
@@ -294,6 +392,5 @@ def adam_row(w, g, m, v, copy, is_narrow, along, unit, rate, mean_share, square_
         scale = w.dtype.type(1) / np.sqrt(norm)
         for column in range(w.shape[0]):
             w[column] *= scale
-    if is_narrow:
-        for column in range(w.shape[0]):
-            copy[column] = narrow(w[column])
+            if is_narrow:
+                copy[column] = narrow(w[column])

@@ -31,11 +31,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def sweep(tiny_recipe: dict) -> dict:
-    """Seven dictionaries of all kinds and activations, with every option, in 120 steps."""
+    """Eight dictionaries of all kinds and activations, with every option, in 120 steps; those whose steps are fused
+    with products in bfloat16."""
     common = {"widths": [64], "l0s": [8]}
     revived = {"dead_after_rows": 2000}
     grids = [
         {"layers": [0], "activations": ["relu", "topk", "gated"], "options": revived | {"auxk": {}}},
+        {"layers": [1], "activations": ["batch_topk"]},
         {"kind": "transcoder", "layers": [1], "activations": ["jumprelu"], "affine": [True],
          "options": revived | {"preactivation": {}}},
         {"kind": "crosscoder", "layers": [0, 3], "activations": ["batch_topk"],
@@ -43,7 +45,8 @@ def sweep(tiny_recipe: dict) -> dict:
         {"kind": "clt", "layers": [0, 1, 2, 3], "activations": ["batch_topk", "jumprelu"],
          "options": {"matryoshka": {"sampled": True}}},
     ]  # fmt: skip
-    return tiny_recipe | {"sweep": [common | grid for grid in grids]}
+    fit = tiny_recipe["fit"] | {"products": "bfloat16"}
+    return tiny_recipe | {"sweep": [common | grid for grid in grids], "fit": fit}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,7 @@ def assert_the_printed_command_opens_mlflow(job: Job) -> None:
         compared = urllib.parse.parse_qs(link.partition("?")[2])["runs"][0]
         client = MlflowClient(tracking_uri=url)
         assert {client.get_run(run).data.tags["mlflow.parentRunId"] for run in json.loads(compared)} == {parent}
-        assert len(json.loads(compared)) == 7
+        assert len(json.loads(compared)) == 8
     finally:
         os.killpg(server.pid, signal.SIGKILL)
 
@@ -128,7 +131,7 @@ def assert_everything_is_there(job: Job) -> None:
         "crosscoder": {f"params_layer_{n}.safetensors" for n in range(2)},
         "clt": {f"params_layer_{n}.safetensors" for n in range(4)},
     }
-    assert len(summary["dictionaries"]) == 7
+    assert len(summary["dictionaries"]) == 8
     assert {Path(row["path"]).parent.name for row in summary["dictionaries"]} == params.keys()
     for row in summary["dictionaries"]:
         assert promised <= row.keys()

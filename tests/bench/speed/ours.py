@@ -5,11 +5,14 @@ torch's fused Adam over the parameters.
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `cluster.session` sets it, before torch is imported
 
 import torch
 from rows import CLOCKS, batches

@@ -163,9 +163,15 @@ def main() -> int:
         rows.append(harvest({"threads": chosen.threads, "timed": chosen.timed}))
     for width in chosen.widths:
         for n_rows in chosen.rows:
-            job = {"columns": COLUMNS, "width": width, "rows": n_rows, "file": file, "steps": chosen.timed + 3} | {
-                name: getattr(chosen, name) for name in ("k", "activations", "threads", "timed", "warmup", "clock")
-            }
+            job = {
+                "columns": COLUMNS,
+                "width": width,
+                "rows": n_rows,
+                "file": file,
+                "steps": chosen.timed + 3,
+                "products": fast_dtype(),
+            } | {name: getattr(chosen, name) for name in ("k", "activations", "threads", "timed", "warmup", "clock")}
+            job["products"] = fast_dtype()
             found, taken = beside_floor(job)
             rows += found
             wavering = max(wavering, noise(taken))

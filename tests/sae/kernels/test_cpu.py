@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sae.kernels import cpu
+from sae.kernels import TooDense, cpu
 from sae.kernels.cpu import Cpu
-from sae.kernels.entries import Entries
+from sae.kernels.entries import Entries, Matrix
 from sae.kernels.rates import adam_rates
 from sae.kernels.reference import Reference
 from sae.pairs import Pairs
@@ -122,3 +122,110 @@ def test_products_in_bf16__select_by_narrow_products_and_keep_wide_values() -> N
     assert found.values_P.dtype == torch.float32
     torch.testing.assert_close(found.values_P, pre_BF[found.rows_P, found.latents_P], rtol=0.02, atol=0.1)
     assert not torch.equal(found.values_P, pre_BF[found.rows_P, found.latents_P])
+
+
+@pytest.mark.parametrize(("n_rows", "columns", "width"), SHAPES)
+def test_products_in_bf16__select_what_the_reference_does_where_nothing_is_rounded(
+    n_rows: int, columns: int, width: int
+) -> None:
+    """Of integers, whose products bfloat16 has; biases and thresholds are of float32, and fall between."""
+    drawn = torch.Generator().manual_seed(width)
+    x_BD = torch.randint(-1, 2, (n_rows, columns), generator=drawn).float()
+    w_FD = torch.randint(-1, 2, (width, columns), generator=drawn).bfloat16()
+    plain = make_case(n_rows, columns, width)
+    case = plain._replace(x_BD=x_BD, encoder=plain.encoder._replace(weights=[w_FD]))
+    for k in {1, min(3, width), width}:
+        expected = REFERENCE.select_topk(x_BD, case.encoder, k, "row")
+        assert_same(CPU.select_topk(x_BD, case.encoder, k, "row"), expected, case)
+    expected = REFERENCE.select_topk(x_BD, case.encoder, 2 * n_rows, "batch")
+    for CPU.cut in (0.0, 0.3, 100.0):
+        assert_same(CPU.select_topk(x_BD, case.encoder, 2 * n_rows, "batch"), expected, case)
+    for threshold_F in (torch.linspace(-4, 4, width), torch.tensor(-torch.inf)):
+        found = CPU.select_threshold(x_BD, case.encoder, threshold_F)
+        assert_same(found, REFERENCE.select_threshold(x_BD, case.encoder, threshold_F), case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shift", [30.0, -30.0])
+def test_select__rows_whose_guess_fails_are_done_again(shift: float, dtype: torch.dtype) -> None:
+    """The latents that come first are the largest of all, or the smallest."""
+    plain = make_case(65, 33, 130)
+    weights, bias_F = [plain.encoder.weights[0].to(dtype)], plain.encoder.bias_F.clone()
+    bias_F[:20] += shift
+    case = plain._replace(encoder=plain.encoder._replace(weights=weights, bias_F=bias_F))
+    for k in (15, 40, 130):
+        found, expected = (kernels.select_topk(case.x_BD, case.encoder, k, "row") for kernels in (CPU, REFERENCE))
+        assert torch.equal(found.rows_P.bincount(), expected.rows_P.bincount())
+        torch.testing.assert_close(
+            spread(found, case).sort(dim=1).values, spread(expected, case).sort(dim=1).values, rtol=0.01, atol=0.1
+        )
+
+
+def test_threshold__that_too_many_pairs_are_above_is_told() -> None:
+    case = make_case(20, 7, 24)
+    for kernels in (CPU, REFERENCE):
+        there = len(kernels.select_threshold(case.x_BD, case.encoder, torch.tensor(0.0), most=20 * 24).rows_P)
+        kernels.select_threshold(case.x_BD, case.encoder, torch.tensor(0.0), most=there)
+        with pytest.raises(TooDense):
+            kernels.select_threshold(case.x_BD, case.encoder, torch.tensor(0.0), most=there - 1)
+
+
+@pytest.mark.parametrize(("n_rows", "columns", "width"), SHAPES)
+def test_sums_of_bf16_rows__equal_those_of_the_same_numbers(n_rows: int, columns: int, width: int) -> None:
+    case = make_case(n_rows, columns, width)
+    pairs = REFERENCE.select_topk(case.x_BD, case.encoder, min(5, width), "row")
+    pairs.values_P[::3] = 0  # as of pairs whose thresholds alone have a gradient
+    entries, w_FD, error_BD = entries_of(pairs, case), case.w_dec_FD.bfloat16(), case.error_BD.bfloat16()
+    ours, theirs = (
+        (kernels, w, error, torch.randn(case.error_BD.shape, generator=torch.Generator().manual_seed(1)))
+        for kernels, w, error in ((CPU, w_FD, error_BD), (REFERENCE, w_FD.float(), error_BD.float()))
+    )
+    grads = torch.empty_like(error_BD), torch.empty_like(case.error_BD)
+    found, expected = (
+        [
+            kernels.value_gradients(entries, error, w),
+            kernels.table_gradient(entries.by_latent, pairs.values_P, pairs.rows_P, error),
+            kernels.rebuild(entries, pairs.values_P, w, rest, 0.5, grad),
+            rest,
+            grad.float(),
+        ]
+        for (kernels, w, error, rest), grad in zip((ours, theirs), grads, strict=True)
+    )
+    for mine, other in zip(found[:-1], expected[:-1], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
+    assert torch.equal(grads[0], (0.5 * ours[3]).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_matrices__are_fitted_as_by_the_reference(dtype: torch.dtype) -> None:
+    case = make_case(20, 37, 24, seed=4, dtype=dtype)
+    pairs = REFERENCE.select_topk(case.x_BD, case.encoder, 5, "row")
+    entries, rates = entries_of(pairs, case), torch.tensor(adam_rates(1, 0.01, (0.9, 0.999)), dtype=dtype)
+    assert all(map(torch.equal, CPU.by_latent(entries), REFERENCE.by_latent(entries)))
+    start, found = torch.nn.functional.normalize(case.w_dec_FD), []
+    for kernels in (CPU, REFERENCE):
+        by_latent, (encoder, decoder) = entries.by_latent, (plain_matrix_of(start) for _ in range(2))
+        slopes_P = kernels.fit_decoder(decoder, entries, by_latent, pairs.values_P, case.error_BD, rates)
+        sums = kernels.fit_encoder(encoder, by_latent, slopes_P, pairs.rows_P, case.x_BD, rates)
+        found.append([slopes_P, *sums, encoder.weights, decoder.weights, *encoder.moments, *decoder.moments])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, **CLOSE[dtype])
+
+
+def plain_matrix_of(w_FD: torch.Tensor) -> Matrix:
+    """Whose copy, as products are of its type, is the matrix itself."""
+    w_FD = w_FD.clone()
+    return Matrix(w_FD, (torch.zeros_like(w_FD), torch.zeros_like(w_FD)), w_FD)
+
+
+def test_centre__takes_rows_and_their_variance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_BD, y_BD = torch.randn(50, 9, generator=generator), 30 + torch.randn(50, 7, generator=generator)
+    centre_D, b_dec_D = torch.randn(9, generator=generator), torch.randn(7, generator=generator)
+    found = []
+    for kernels in (CPU, REFERENCE):
+        centred_BD, rest_BD = torch.empty(50, 9, dtype=torch.bfloat16), torch.empty(50, 7)
+        variance = kernels.centre(x_BD, y_BD, centre_D, b_dec_D, centred_BD, rest_BD)
+        found.append([centred_BD, rest_BD, variance])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)

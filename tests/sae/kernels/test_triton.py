@@ -155,7 +155,7 @@ def test_a_decoders_step__at_every_split_of_its_rows(n_columns: int) -> None:
         weights = start.to(device, copy=True)
         matrix, entries = matrix_of(weights)._replace(copy=weights.clone()), entries_of(mine, case)
         inputs = mine.values_P, case.error_BD.to(device), rates.to(device)
-        results.append([kernels.fit_decoder(matrix, entries, *inputs).cpu(), matrix.weights.cpu()])
+        results.append([kernels.fit_decoder(matrix, entries, entries.by_latent, *inputs).cpu(), matrix.weights.cpu()])
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, **TOLERANCE)
 
@@ -180,7 +180,9 @@ def test_ten_steps_of_adam__equal_the_references(unit_rows: bool) -> None:
         GPU.fit_rows(by_rows, by_latent, pairs.values_P, pairs.rows_P, table_GD, rates.to(DEVICE), along_F)
         if unit_rows:
             w_FD = by_decoder.weights.clone()
-            products_P = GPU.fit_decoder(by_decoder, entries, pairs.values_P, table_GD, rates.to(DEVICE))
+            products_P = GPU.fit_decoder(
+                by_decoder, entries, entries.by_latent, pairs.values_P, table_GD, rates.to(DEVICE)
+            )
             torch.testing.assert_close(products_P, (table_GD @ w_FD.T)[pairs.rows_P, pairs.latents_P], **TOLERANCE)
     for found in (by_rows, by_decoder) if unit_rows else (by_rows,):
         torch.testing.assert_close(found.weights.cpu(), expected.weights, **TOLERANCE)
