@@ -28,8 +28,8 @@ PART_BYTES = 16 << 20  # of pre-activations at once; measured here
 LEAST_LATENTS = 256  # of a part
 ROOM = 256  # pairs of a row, until more are seen
 SAMPLE_ROWS = 32  # from which a batch's threshold is guessed at first
-GUESSED_SHARE = 0.9  # of the last batch's threshold, above which the next one's largest are looked for
-ENOUGH = 1.25  # times the most pairs of a row of this batch: room for one of the next
+FALL, FALLS = 0.1, 1.5  # of a batch's threshold to the next, at first; as many such falls lower it is guessed to be
+ENOUGH = 3  # times the mean number of pairs of a row of this batch: room for one of the next
 LEAST_SAMPLE = 2048  # latents from which a row's floor is guessed
 DEVIATIONS = 4  # of the number of a row's largest among those: hardly a row has fewer
 GROUPS_PER_RANK = 8  # of latents, of which the maxima are taken
@@ -37,14 +37,15 @@ MARGIN = 1.3  # times the pairs wanted are looked for: some batches have fewer a
 
 
 class Room:
-    """The pairs that are found of a batch's rows, each of which has room for some."""
+    """The pairs that are found of some rows, each of which has room for some."""
 
-    def __init__(self, starts: Tensor, dtype: torch.dtype):
-        """`starts` are the rows' places, and their end. [B + 1]"""
-        size = int(starts[-1])
-        self.starts, self.counts_B = starts, torch.zeros(len(starts) - 1, dtype=torch.int64)
-        self.latents = SCRATCH.get("latents", 1, size, torch.int32)[0]
-        self.values = SCRATCH.get("values", 1, size, dtype)[0]
+    def __init__(self, rows: Tensor, sizes: Tensor, dtype: torch.dtype, name: str):
+        """`rows` are their numbers in the batch. Of one name there is one at a time. [B] both"""
+        self.rows, self.counts_B = rows, torch.zeros_like(rows)
+        self.starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        size = int(self.starts[-1])
+        self.latents = SCRATCH.get(f"latents {name}", 1, size, torch.int32)[0]
+        self.values = SCRATCH.get(f"values {name}", 1, size, dtype)[0]
 
     def add_above(self, first: int, part_BC: Tensor, bias_C: Tensor, threshold_C: Tensor) -> None:
         """The entries above their latent's threshold; only counted where there is no room."""
@@ -65,15 +66,21 @@ class Room:
     def full_B(self) -> Tensor:
         return self.counts_B > self.starts.diff() - loops.WORD
 
-    def pairs(self) -> Pairs:
-        ends_B = self.counts_B.cumsum(0)
-        rows_P, latents_P = torch.empty(2, int(ends_B[-1]), dtype=torch.int64)
-        values_P = torch.empty(len(rows_P), dtype=self.values.dtype)
+
+def _gathered(rooms: list[Room], n_rows: int) -> Pairs:
+    """The pairs of all rooms, by row."""
+    counts_B = torch.zeros(n_rows, dtype=torch.int64)
+    for room in rooms:
+        counts_B[room.rows] += room.counts_B
+    starts_B, total = counts_B.cumsum(0) - counts_B, int(counts_B.sum())
+    rows_P, latents_P = torch.empty(2, total, dtype=torch.int64)
+    values_P = torch.empty(total, dtype=rooms[0].values.dtype)
+    for room in rooms:
         _spread(
-            loops.gather, len(ends_B), self.starts, self.counts_B, self.latents, self.values, ends_B - self.counts_B,
-            rows_P, latents_P, values_P,
+            loops.gather, len(room.rows), room.rows, room.starts, room.counts_B, room.latents, room.values,
+            starts_B[room.rows], rows_P, latents_P, values_P,
         )  # fmt: skip
-        return Pairs(rows_P, latents_P, values_P, values_P)
+    return Pairs(rows_P, latents_P, values_P, values_P)
 
 
 class Cpu(Kernels):
@@ -81,7 +88,7 @@ class Cpu(Kernels):
 
     def __init__(self) -> None:
         # Of the last batch: the next one's are near, which saves time and changes nothing else.
-        self.cut, self.room = 0.0, ROOM
+        self.cut, self.fall, self.room = 0.0, FALL, ROOM
 
     def centre(
         self, x_BD: Tensor, y_BD: Tensor, centre_D: Tensor, b_dec_D: Tensor, centred_BD: Tensor, rest_BD: Tensor
@@ -97,11 +104,13 @@ class Cpu(Kernels):
     ) -> Pairs:
         if per == "row":
             return _largest_of_rows(x_BD, encoder, min(count, encoder.width), pre_BF)
-        found = self._above_guess(x_BD, encoder, count, GUESSED_SHARE * self.cut, pre_BF)
+        found = self._above_guess(x_BD, encoder, count, (0.99 - FALLS * self.fall) * self.cut, pre_BF)
         if len(found.pre_P) <= count:
             return found
         keys_P = found.pre_P.view(_KEYS[found.pre_P.dtype])  # of positive numbers
         cut = torch.tensor(loops.cut_of(keys_P.numpy(), count), dtype=keys_P.dtype).view(found.pre_P.dtype)
+        if self.cut > 0:
+            self.fall = max(1 - cut.item() / self.cut, 0.9 * self.fall)
         self.cut = cut.item()
         kept = [torch.empty_like(one) for one in found[:3]]
         end = loops.keep_above(self.cut, *map(_array, found[:3]), *map(_array, kept))
@@ -113,18 +122,22 @@ class Cpu(Kernels):
         most: int | None = None,
     ) -> Pairs:  # fmt: skip
         threshold_F = threshold_F.to(encoder.bias_F.dtype).expand(encoder.width)
-        starts = torch.arange(len(x_BD) + 1) * self.room
-        while True:
-            found = Room(starts, threshold_F.dtype)
-            for first, part_BC in _parts(x_BD, encoder, pre_BF):
+        rows = torch.arange(len(x_BD))
+        rooms, sizes = [], torch.full_like(rows, self.room)
+        while len(rows):
+            found = Room(rows, sizes, threshold_F.dtype, str(len(rooms)))
+            for first, part_BC in _parts(x_BD[rows] if rooms else x_BD, encoder, None if rooms else pre_BF):
                 here = slice(first, first + part_BC.shape[1])
                 found.add_above(first, part_BC, encoder.bias_F[here], threshold_F[here])
-            if most is not None and found.counts_B.sum() > most:
-                raise TooDense
-            if not found.full_B.any():
-                return found.pairs()
-            starts = torch.cat([starts[:1], (found.counts_B + loops.WORD).cumsum(0)])
-            self.room = int(ENOUGH * found.counts_B.max()) + loops.WORD
+            if not rooms:
+                if most is not None and found.counts_B.sum() > most:
+                    raise TooDense
+                self.room = int(ENOUGH * found.counts_B.float().mean()) + 2 * loops.WORD
+            full_B = found.full_B
+            rows, sizes = rows[full_B], found.counts_B[full_B] + found.counts_B[full_B] // 8 + 2 * loops.WORD
+            found.counts_B[full_B] = 0
+            rooms.append(found)
+        return _gathered(rooms, len(x_BD))
 
     def decode(self, entries: Entries, values_P: Tensor, w_FD: Tensor) -> Tensor:
         order_P = torch.arange(len(values_P))
@@ -286,7 +299,8 @@ def _largest_of_rows(x_BD: Tensor, encoder: Encoder, count: int, pre_BF: Tensor 
             n_groups, keys = min(sample, GROUPS_PER_RANK * rank), torch.empty(0, dtype=_KEYS[dtype])
             _spread(loops.floors, n_rows, part_BC, encoder.bias_F, sample, rank, n_groups, keys, floor_B)
             floor_B.clamp_min_(positive)
-            found = Room(torch.arange(n_rows + 1) * (math.ceil(4 * rank / share) + loops.WORD), dtype)
+            sizes = torch.full((n_rows,), math.ceil(4 * rank / share) + loops.WORD)
+            found = Room(torch.arange(n_rows), sizes, dtype, "0")
         found.add_from(first, part_BC, encoder.bias_F[first : first + part_BC.shape[1]], floor_B)
     lacking_B = found.full_B | ((found.counts_B < count) & (floor_B > positive))
     found.counts_B[lacking_B] = 0

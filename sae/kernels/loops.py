@@ -185,12 +185,12 @@ def append_marked(marks, entries, bias, least, column, latents, values, at, end)
 
 
 @compiled
-def gather(starts, counts, latents, values, out_starts, out_rows, out_latents, out_values, first, last):
-    """Each row's pairs, one row after another. out_starts [B]"""
+def gather(rows, starts, counts, latents, values, out_starts, out_rows, out_latents, out_values, first, last):
+    """Writes each row's pairs where they are to be. rows: their numbers. out_starts [B]"""
     for row in range(first, last):
         begin, at = starts[row], out_starts[row]
         for n in range(counts[row]):
-            out_rows[at + n] = row
+            out_rows[at + n] = rows[row]
             out_latents[at + n] = latents[begin + n]
             out_values[at + n] = values[begin + n]
 
