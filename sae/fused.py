@@ -1,9 +1,9 @@
-"""The step of TopK, BatchTopK and, on a CPU, JumpReLU dictionaries of one group: on a GPU nothing is read back by the
-host, and gradients of matrices go straight into Adam, a row at a time, without ever being written; nor are all of a
-batch's pre-activations.
+"""The step of TopK, BatchTopK and, on a CPU, JumpReLU dictionaries of one group, on a CPU with AuxK too.
 
-Products may be of bfloat16, with float32 sums; weights, biases and moments are float32. `sae.objective` has the same
-loss for every kind, activation and option; tests/sae/test_fused.py holds the two equal.
+On a GPU nothing is read back by the host; gradients of matrices go straight into Adam, a row at a time, without ever
+being written, nor are all of a batch's pre-activations. Products may be of bfloat16, with float32 sums; weights, biases
+and moments are float32. `sae.objective` has the same loss for every kind, activation and option;
+tests/sae/test_fused.py holds the two equal.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sae.activations import THRESHOLD_MEMORY, JumpReLU
+from sae.dead import auxk_gradient
 from sae.kernels import Kernels
-from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix
+from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix, More
 from sae.kernels.rates import ADAM_EPS, adam_rates
 from sae.pairs import DENSE_SHARE, Pairs
 from sae.schedule import Now
@@ -32,8 +33,9 @@ def covers(spec: DictionarySpec, team: Team, device: torch.device) -> bool:
     """Whether a dictionary can be stepped here."""
     options = spec.options
     one_group = spec.kind in ("sae", "transcoder") or (spec.kind == "crosscoder" and not options.causal)
-    plain = options.matryoshka is None and options.auxk is None and options.preactivation is None
-    counted = spec.activation == "jumprelu"  # its pairs, which the host must not read from a GPU
+    plain = options.matryoshka is None and options.preactivation is None
+    # Its pairs, or the dead latents, which the host must not read from a GPU.
+    counted = spec.activation == "jumprelu" or options.auxk is not None
     here = spec.activation in STEPS and (device.type == "cpu" or not counted)
     return here and one_group and plain and team.alone
 
@@ -89,6 +91,7 @@ class FusedStep:
         """All that is launched between the inputs of a batch and its error; the activations [P], and the error's sum of
         squares."""
         pairs = self._select(count)
+        dead = self.dictionary.idle.dead if self.dictionary.spec.options.auxk else None
         entries = Entries(pairs.rows_P, pairs.latents_P, self.n_rows, self.dictionary.shape.width)
         by_latent = self.kernels.beside(lambda: self._in_order(entries, pairs))  # small launches
         for name, reads, writes in self.skips:
@@ -96,8 +99,28 @@ class FusedStep:
         squared_error = self.kernels.rebuild(
             entries, pairs.values_P, self.w_dec.copy, self.error_BD, 2 / self.n_rows, self.grad_BD
         )
-        self._learn(entries, by_latent(), pairs)
+        more = self._revived(dead) if dead is not None and len(dead) else (None, None)
+        self._learn(entries, by_latent(), pairs, *more)
         return pairs.values_P, squared_error
+
+    def _revived(self, dead: Tensor) -> tuple[More, More]:
+        """What AuxK adds to the gradients of decoder and encoder, by products with the dead latents alone."""
+        options, (group,) = self.dictionary.spec.options.auxk, self.dictionary.shape.groups
+        assert options is not None
+        encoder = Encoder(
+            [self.w_enc.copy[dead]], self.parameters["b_enc"][dead], [group._replace(latents=slice(0, len(dead)))]
+        )
+        count = min(options.latents or self.dictionary.shape.d_out // 2, len(dead))
+        pairs, w_XD = self.kernels.select_topk(self.centred_BD, encoder, count, "row"), self.w_dec.copy[dead]
+        f_BX = w_XD.new_zeros(self.n_rows, len(dead))
+        f_BX[pairs.rows_P, pairs.latents_P] = pairs.values_P.to(f_BX.dtype)
+        rebuilt_BD = (f_BX @ w_XD).to(self.error_BD.dtype)
+        grad_BD = auxk_gradient(options, rebuilt_BD, self.error_BD, self.dictionary.team.rows).to(f_BX.dtype)
+        slopes_BX = grad_BD @ w_XD.T * (f_BX > 0)
+        return (
+            More(dead, f_BX.T @ grad_BD, self.rate.new_empty(0)),
+            More(dead, slopes_BX.T @ self.centred_BD, slopes_BX.sum(0, dtype=self.rate.dtype)),
+        )
 
     def _select(self, count: int) -> Pairs:
         return self.kernels.select_topk(self.centred_BD, self._encoder(), count, "row")
@@ -119,13 +142,15 @@ class FusedStep:
         """Gradients of the pre-activations [P], and of what the activation learns."""
         return grad_values_P * (pairs.values_P > 0), {}
 
-    def _learn(self, entries: Entries, by_latent: ByLatent, pairs: Pairs) -> None:
+    def _learn(
+        self, entries: Entries, by_latent: ByLatent, pairs: Pairs, of_decoder: More | None, of_encoder: More | None
+    ) -> None:
         grad_values_P = self.kernels.fit_decoder(
-            self.w_dec, entries, by_latent, pairs.values_P, self.grad_BD, self.rates
+            self.w_dec, entries, by_latent, pairs.values_P, self.grad_BD, self.rates, of_decoder
         )
         grad_pre_P, learned = self._backward(pairs, grad_values_P)
         b_enc, back_D = self.kernels.fit_encoder(
-            self.w_enc, by_latent, grad_pre_P, entries.rows_P, self.centred_BD, self.rates
+            self.w_enc, by_latent, grad_pre_P, entries.rows_P, self.centred_BD, self.rates, of_encoder
         )
         b_dec = 2 / self.n_rows * self.error_BD.sum(0)
         if self.dictionary.spec.autoencodes:  # b_dec is also what is subtracted from the input

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix
+from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix, More
 from sae.pairs import Pairs
 
 Result = TypeVar("Result")
@@ -82,9 +82,9 @@ class Kernels(ABC):
     @abstractmethod
     def fit_rows(
         self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor,
-        along_F: Tensor | None,
+        along_F: Tensor | None, more: More | None = None,
     ) -> None:  # fmt: skip
-        """A step of Adam with the gradient that `table_gradient` gives, which need not be written.
+        """A step of Adam with the gradient that `table_gradient` gives, which need not be written, and `more`.
 
         `rates` are `adam_rates`, on the device. If `along_F` is given, gradient · row of each, the gradient's part
         along a row is left out and rows have norm 1 after the step.
@@ -94,21 +94,27 @@ class Kernels(ABC):
         return entries.by_latent
 
     def fit_decoder(
-        self, matrix: Matrix, entries: Entries, by_latent: ByLatent, values_P: Tensor, grad_GD: Tensor, rates: Tensor
-    ) -> Tensor:
+        self, matrix: Matrix, entries: Entries, by_latent: ByLatent, values_P: Tensor, grad_GD: Tensor, rates: Tensor,
+        more: More | None = None,
+    ) -> Tensor:  # fmt: skip
         """`value_gradients`, and `fit_rows` of the decoder: both need the same rows of `grad_GD`. [P]"""
         grad_values_P = self.value_gradients(entries, grad_GD, matrix.copy)
         along_F = self.latent_sums(by_latent, values_P * grad_values_P)
-        self.fit_rows(matrix, by_latent, values_P, entries.rows_P, grad_GD, rates, along_F)
+        if more:
+            along_F[more.latents_X] += (more.rows_XD * matrix.weights[more.latents_X]).sum(1)
+        self.fit_rows(matrix, by_latent, values_P, entries.rows_P, grad_GD, rates, along_F, more)
         return grad_values_P
 
     def fit_encoder(
-        self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor,
+        more: More | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`fit_rows`; `latent_sums`, which is the bias' gradient [F], and that times the matrix as it was. [D]"""
         sums_F = self.latent_sums(by_latent, weights_P)
+        if more:
+            sums_F[more.latents_X] += more.sums_X
         back_D = sums_F.to(matrix.copy.dtype) @ matrix.copy
-        self.fit_rows(matrix, by_latent, weights_P, rows_P, table_GD, rates, None)
+        self.fit_rows(matrix, by_latent, weights_P, rows_P, table_GD, rates, None, more)
         return sums_F, back_D
 
     @abstractmethod

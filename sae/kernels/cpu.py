@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sae.kernels import Kernels, TooDense, loops
-from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix
+from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix, More
 from sae.pairs import Pairs
 
 PART_BYTES = 16 << 20  # of pre-activations at once; measured here
@@ -123,7 +123,8 @@ class Cpu(Kernels):
     ) -> Pairs:  # fmt: skip
         threshold_F = threshold_F.to(encoder.bias_F.dtype).expand(encoder.width)
         rows = torch.arange(len(x_BD))
-        rooms, sizes = [], torch.full_like(rows, self.room)
+        rooms: list[Room] = []
+        sizes = torch.full_like(rows, self.room)
         while len(rows):
             found = Room(rows, sizes, threshold_F.dtype, str(len(rooms)))
             for first, part_BC in _parts(x_BD[rows] if rooms else x_BD, encoder, None if rooms else pre_BF):
@@ -164,25 +165,27 @@ class Cpu(Kernels):
 
     def fit_rows(
         self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor,
-        along_F: Tensor | None,
+        along_F: Tensor | None, more: More | None = None,
     ) -> None:  # fmt: skip
-        self._fit(matrix, by_latent, weights_P, rows_P, table_GD, rates, along_F)
+        self._fit(matrix, by_latent, weights_P, rows_P, table_GD, rates, along_F, more)
 
     def fit_encoder(
-        self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self._fit(matrix, by_latent, weights_P, rows_P, table_GD, rates, None)
+        self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor,
+        more: More | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return self._fit(matrix, by_latent, weights_P, rows_P, table_GD, rates, None, more)
 
     def _fit(
         self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor,
-        along_F: Tensor | None,
+        along_F: Tensor | None, more: More | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         w_FD, moments, copy = matrix
         sums_F = w_FD.new_empty(len(w_FD))
         backs = w_FD.new_zeros(min(torch.get_num_threads(), len(w_FD)), w_FD.shape[1])
         _spread(
             loops.fit_rows, len(w_FD), w_FD, *_in_order(by_latent, rows_P, weights_P), table_GD.contiguous(), *moments,
-            copy, copy.dtype != w_FD.dtype, w_FD.new_zeros(1) if along_F is None else along_F, along_F is not None,
+            copy, copy.dtype != w_FD.dtype, *_placed(more, w_FD),
+            w_FD.new_zeros(1) if along_F is None else along_F, along_F is not None,
             sums_F, backs, *_numbers(w_FD.dtype, rates.tolist()),
         )  # fmt: skip
         return sums_F, backs.sum(0)
@@ -193,13 +196,14 @@ class Cpu(Kernels):
         return ByLatent(order_P, starts[:-1])
 
     def fit_decoder(
-        self, matrix: Matrix, entries: Entries, by_latent: ByLatent, values_P: Tensor, grad_GD: Tensor, rates: Tensor
-    ) -> Tensor:
+        self, matrix: Matrix, entries: Entries, by_latent: ByLatent, values_P: Tensor, grad_GD: Tensor, rates: Tensor,
+        more: More | None = None,
+    ) -> Tensor:  # fmt: skip
         w_FD, moments, copy = matrix
         grad_values_P = torch.empty_like(values_P)
         _spread(
             loops.fit_decoder, len(w_FD), w_FD, *_in_order(by_latent, entries.rows_P, values_P),
-            grad_GD.contiguous(), *moments, copy, copy.dtype != w_FD.dtype, grad_values_P,
+            grad_GD.contiguous(), *moments, copy, copy.dtype != w_FD.dtype, *_placed(more, w_FD)[:2], grad_values_P,
             *_numbers(w_FD.dtype, rates.tolist()),
         )  # fmt: skip
         return grad_values_P
@@ -336,6 +340,15 @@ def _sums(starts: Tensor, order_P: Tensor, rows_P: Tensor, weights_P: Tensor, ta
 
 def _in_order(by_latent: ByLatent, rows_P: Tensor, weights_P: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _with_end(by_latent.starts_F, len(rows_P)), by_latent.order_P, rows_P, weights_P.contiguous()
+
+
+def _placed(more: More | None, w_FD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each latent which of `more` is its, or -1; nothing if there is none. Their rows and sums."""
+    if more is None:
+        return torch.empty(0, dtype=torch.int64), w_FD.new_empty(0, w_FD.shape[1]), w_FD.new_empty(0)
+    place_F = torch.full((len(w_FD),), -1)
+    place_F[more.latents_X] = torch.arange(len(more.latents_X))
+    return place_F, more.rows_XD.to(w_FD.dtype).contiguous(), more.sums_X.to(w_FD.dtype)
 
 
 def _with_end(starts: Tensor, end: int) -> Tensor:

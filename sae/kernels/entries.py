@@ -34,6 +34,15 @@ class Matrix(NamedTuple):
     """The weights in the type of the products; themselves, if it is theirs."""
 
 
+class More(NamedTuple):
+    """Gradients of X rows of a matrix, besides those that pairs give."""
+
+    latents_X: Tensor
+    rows_XD: Tensor
+    sums_X: Tensor
+    """Of the encoder's bias; nothing for a decoder."""
+
+
 class Entries:
     """Places of pairs in a sparse [G, F] matrix in CSR order: ascending by row and, in it, by latent.
 

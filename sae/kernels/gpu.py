@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from sae.kernels import Kernels, Result, TooDense, triton_adam, triton_products, triton_select
-from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix
+from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix, More
 from sae.kernels.recorded import Recorded
 from sae.pairs import Pairs
 
@@ -122,8 +122,9 @@ class Gpu(Kernels):
 
     def fit_rows(
         self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor,
-        along_F: Tensor | None,
+        along_F: Tensor | None, more: More | None = None,
     ) -> None:  # fmt: skip
+        assert more is None  # `sae.fused.covers`
         w_FD, moments, copy = matrix
         n_columns = w_FD.shape[1]
         unit = along_F is not None
@@ -134,8 +135,10 @@ class Gpu(Kernels):
         )  # fmt: skip
 
     def fit_decoder(
-        self, matrix: Matrix, entries: Entries, by_latent: ByLatent, values_P: Tensor, grad_GD: Tensor, rates: Tensor
-    ) -> Tensor:
+        self, matrix: Matrix, entries: Entries, by_latent: ByLatent, values_P: Tensor, grad_GD: Tensor, rates: Tensor,
+        more: More | None = None,
+    ) -> Tensor:  # fmt: skip
+        assert more is None  # `sae.fused.covers`
         w_FD, moments, copy = matrix
         (n_latents, n_columns), n_pairs = w_FD.shape, len(values_P)
         if n_columns > WIDEST:

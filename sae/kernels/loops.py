@@ -329,14 +329,15 @@ def multiply_row(w, order, rows, table, out):
 
 @compiled
 def fit_rows(
-    parameter, starts, order, rows, weights, table, mean, square, copy, is_narrow, along, unit, sums, backs,
-    rate, mean_share, square_share, correction, epsilon, first, last,
+    parameter, starts, order, rows, weights, table, mean, square, copy, is_narrow, place, more, more_sums, along, unit,
+    sums, backs, rate, mean_share, square_share, correction, epsilon, first, last,
 ):  # fmt: skip
     """Adam on each row with the gradient that `sum_rows` gives, which stays in the cache; `sae.kernels.rates` are its
     rates.
 
     If `unit`, to rows of norm 1, without the gradient's part along the row, which is `along` of it. If `is_narrow`, a
     copy in bfloat16 is kept. sums: those of the weights [F]; backs: of each part Σ sums[row]·row, before the step.
+    Where `place` has one for the row, it is given some `more` gradient.
     """
     gradient, room = np.empty(table.shape[1], parameter.dtype), np.empty(longest(starts) + 1, order.dtype)
     back = backs[(first * backs.shape[0] + parameter.shape[0] - 1) // parameter.shape[0]]
@@ -344,10 +345,13 @@ def fit_rows(
         mine, w, total = order[starts[row] : starts[row + 1]], parameter[row], parameter.dtype.type(0)
         for p in mine:
             total += weights[p]
+        gradient[:] = 0
+        if place.shape[0] > 0 and place[row] >= 0:
+            total += more_sums[place[row]]
+            gradient[:] = more[place[row]]
         sums[row] = total
         for column in range(w.shape[0]):
             back[column] += total * w[column]
-        gradient[:] = 0
         add_rows(gradient, weighty(mine, weights, room), rows, weights, table)
         share = along[row] if unit else parameter.dtype.type(0)
         adam_row(
@@ -358,7 +362,7 @@ def fit_rows(
 
 @compiled
 def fit_decoder(
-    parameter, starts, order, rows, values, table, mean, square, copy, is_narrow, slopes,
+    parameter, starts, order, rows, values, table, mean, square, copy, is_narrow, place, more, slopes,
     rate, mean_share, square_share, correction, epsilon, first, last,
 ):  # fmt: skip
     """`fit_rows` to rows of norm 1, with what `multiply_rows` gives, of the same rows of the table, in `slopes`."""
@@ -369,6 +373,10 @@ def fit_decoder(
         for p in mine:
             along += values[p] * slopes[p]
         gradient[:] = 0
+        if place.shape[0] > 0 and place[row] >= 0:
+            gradient[:] = more[place[row]]
+            for column in range(gradient.shape[0]):
+                along += gradient[column] * parameter[row, column]
         add_rows(gradient, weighty(mine, values, room), rows, values, table)
         adam_row(
             parameter[row], gradient, mean[row], square[row], copy[row], is_narrow, along, True,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sae.kernels import Kernels, TooDense
-from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix
+from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix, More
 from sae.pairs import Pairs
 
 
@@ -50,11 +50,13 @@ class Reference(Kernels):
 
     def fit_rows(
         self, matrix: Matrix, by_latent: ByLatent, weights_P: Tensor, rows_P: Tensor, table_GD: Tensor, rates: Tensor,
-        along_F: Tensor | None,
+        along_F: Tensor | None, more: More | None = None,
     ) -> None:  # fmt: skip
         w_FD, (mean, square), copy = matrix
         rate, mean_share, square_share, correction, epsilon = rates.tolist()
         gradient = self.table_gradient(by_latent, weights_P, rows_P, table_GD)
+        if more:
+            gradient[more.latents_X] += more.rows_XD
         if along_F is not None:
             gradient -= along_F[:, None] * w_FD
         mean.lerp_(gradient, mean_share)

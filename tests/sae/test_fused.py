@@ -46,6 +46,25 @@ def test_fused_steps__equal_those_of_the_objective(kind: str, activation: str, k
     assert fused.sums.take() == pytest.approx(plain.sums.take())
 
 
+@pytest.mark.parametrize("latents", [None, 3])
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "jumprelu"])
+@pytest.mark.parametrize("kind", COVERED)
+def test_auxk__revives_as_in_the_objective(
+    kind: str, activation: str, latents: int | None, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all dead latents, and of three a row."""
+    spec = make_spec(kind, activation, l0=1, dead_after_rows=90, auxk={"latents": latents, "coefficient": 1})
+    plain, fused = pair_of_dictionaries(spec, kernels)
+    revived, revive = [], fused.fused._revived
+    monkeypatch.setattr(fused.fused, "_revived", lambda dead: revived.append(len(dead)) or revive(dead))
+    for step in range(10):
+        x, y = (rows.double() for rows in make_rows(spec, step))
+        for dictionary in (plain, fused):
+            dictionary.step(x, y, progress=(step + 1) / 10)
+    assert_same(plain, fused)
+    assert max(revived) > 3
+
+
 @pytest.mark.parametrize("penalty", ["linear", "quadratic", "tanh"])
 def test_jumprelu__that_starts_dense_becomes_sparse_like_the_objective(
     penalty: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
@@ -85,4 +104,6 @@ def test_covers__what_is_tested_here_and_nothing_else() -> None:
             assert covers(spec, ALONE, torch.device("cpu")) == (kind in COVERED and activation in fused)
             assert covers(spec, ALONE, torch.device("cuda")) == (kind in COVERED and activation in fused[:2])
     for option in ("auxk", "matryoshka", "preactivation"):
-        assert not covers(make_spec("sae", "topk", **{option: {}}), ALONE, torch.device("cpu"))
+        spec = make_spec("sae", "topk", **{option: {}})
+        assert covers(spec, ALONE, torch.device("cpu")) == (option == "auxk")
+        assert not covers(spec, ALONE, torch.device("cuda"))

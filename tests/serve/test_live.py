@@ -243,6 +243,20 @@ def test_killed_replica__is_not_noticed(live: Endpoint, catalog: Path) -> None:
     assert successor.pid != victim.pid
 
 
+def test_busy_dictionary__goes_to_a_second_replica_too(live: Endpoint, settings: Path) -> None:
+    _hang_up(live, settings, "replicas: 2", "deployed anew")
+    client, rows = live.client(), torch.ones(64, 640)
+    before = client.encode(README_NAME, rows)  # one has it now, and is asked first
+    replicas = live.processes("Dictionaries")
+    used = [sum(replica.cpu_times()[:2]) for replica in replicas]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: client.encode(README_NAME, rows), range(300)))
+    more = [sum(replica.cpu_times()[:2]) - seconds for replica, seconds in zip(replicas, used, strict=True)]
+    assert len(more) == 2
+    assert min(more) > 0.2 * max(more)
+    assert all(np.array_equal(a, b) for after in answers for a, b in zip(before, after, strict=True))
+
+
 def test_few_rows__are_computed_where_they_arrive(live: Endpoint, settings: Path) -> None:
     client, few, many = live.client(), torch.ones(3, 640), torch.ones(100, 640)
     _hang_up(live, settings, "near_mib: 2", "deployed anew")  # of 640 KiB: 3 rows

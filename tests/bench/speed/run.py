@@ -139,7 +139,7 @@ def behind(rows: list[Row], wavering: float) -> list[str]:
     found = {one["name"]: one["value"] for one in rows}
     return [
         f"{name}: {found[name]:.2f}, accepted {ratio:.2f}, tolerated {ratio * allowed:.2f}"
-        for name, ratio in accepted["ratios"].items()
+        for name, ratio in accepted["ratios"][fast_dtype()].items()
         if name in found and found[name] > ratio * allowed
     ]
 
