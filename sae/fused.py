@@ -227,9 +227,24 @@ class FusedJumpReLU(FusedStep):
 
     def _select(self, count: int) -> Pairs:
         activation = self._activation()
-        most = int(DENSE_SHARE * self.n_rows * self.dictionary.shape.width)
-        pairs = self.kernels.select_threshold(self.centred_BD, self._encoder(), activation.floor(), most=most)
+        most, floor_F = int(DENSE_SHARE * self.n_rows * self.dictionary.shape.width), activation.floor()
+        rounding = torch.finfo(self.product_type).eps if self.product_type != self.rates.dtype else 0.0
+        pairs = self.kernels.select_threshold(self.centred_BD, self._encoder(), floor_F * (1 - rounding), most=most)
+        if rounding:
+            self._sharpen(pairs, rounding)
         return activation.among(pairs, self.n_rows, self.now)
+
+    def _sharpen(self, pairs: Pairs, rounding: float) -> None:
+        """Puts pre-activations about their thresholds' bands where they are: rounded, those of latents with large
+        thresholds would all be in a band or all beside it."""
+        activation = self._activation()
+        threshold_P = activation.state["threshold"].index_select(0, pairs.latents_P)
+        reach_P = activation.settings.bandwidth / 2 + rounding * threshold_P
+        near = ((pairs.pre_P - threshold_P).abs() <= reach_P).nonzero()[:, 0]
+        latents_P = pairs.latents_P[near]
+        entries = Entries(pairs.rows_P[near], latents_P, self.n_rows, self.dictionary.shape.width)
+        products_P = self.kernels.value_gradients(entries, self.centred_BD, self.w_enc.copy)
+        pairs.pre_P[near] = products_P + self.parameters["b_enc"].index_select(0, latents_P)
 
     def _backward(self, pairs: Pairs, grad_values_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         activation = self._activation()
