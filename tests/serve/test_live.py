@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -246,7 +247,8 @@ def test_killed_replica__is_not_noticed(live: Endpoint, catalog: Path) -> None:
 def test_busy_dictionary__goes_to_a_second_replica_too(live: Endpoint, settings: Path) -> None:
     _hang_up(live, settings, "replicas: 2", "deployed anew")
     client, rows = live.client(), torch.ones(64, 640)
-    before = client.encode(README_NAME, rows)  # one has it now, and is asked first
+    before = client.encode(README_NAME, rows)
+    time.sleep(2)  # in which Ray hears who has it now, and is asked first
     replicas = live.processes("Dictionaries")
     used = [sum(replica.cpu_times()[:2]) for replica in replicas]
     with ThreadPoolExecutor(8) as pool:
@@ -284,8 +286,6 @@ def test_without_tokens__nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def _until(holds, seconds: float = 20) -> None:
-    import time
-
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
