@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae.kernels import TooDense, cpu
+from sae.kernels import TooDense, search
 from sae.kernels.cpu import Cpu
 from sae.kernels.entries import Entries, Matrix
 from sae.kernels.rates import adam_rates
@@ -20,8 +20,8 @@ SHAPES = [(1, 3, 1), (3, 5, 2), (20, 7, 24), (65, 33, 130), (40, 16, 300), (129,
 def threads(request, monkeypatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)  # over so many the loops are cut
-    monkeypatch.setattr(cpu, "PART_BYTES", 4096)
-    monkeypatch.setattr(cpu, "LEAST_LATENTS", 7)
+    monkeypatch.setattr(search, "PART_BYTES", 4096)
+    monkeypatch.setattr(search, "LEAST_LATENTS", 7)
 
 
 def assert_same(found: Pairs, expected: Pairs, case: Case) -> None:
@@ -45,7 +45,7 @@ def test_select__of_rows_batch_and_thresholds(n_rows: int, columns: int, width: 
             assert_same(CPU.select_topk(*arguments, k, "row"), REFERENCE.select_topk(*arguments, k, "row"), case)
         for count in {1, n_rows, 2 * n_rows, n_rows * width}:
             expected = REFERENCE.select_topk(*arguments, count, "batch")
-            for CPU.cut in (0.0, 0.3, 100.0):  # of the batch before
+            for CPU.search.cut in (0.0, 0.3, 100.0):  # of the batch before
                 assert_same(CPU.select_topk(*arguments, count, "batch"), expected, case)
         threshold_F = torch.linspace(-1, 2, width, dtype=dtype)
         found_BF = torch.empty_like(pre_BF)
@@ -138,7 +138,7 @@ def test_products_in_bf16__select_what_the_reference_does_where_nothing_is_round
         expected = REFERENCE.select_topk(x_BD, case.encoder, k, "row")
         assert_same(CPU.select_topk(x_BD, case.encoder, k, "row"), expected, case)
     expected = REFERENCE.select_topk(x_BD, case.encoder, 2 * n_rows, "batch")
-    for CPU.cut in (0.0, 0.3, 100.0):
+    for CPU.search.cut in (0.0, 0.3, 100.0):
         assert_same(CPU.select_topk(x_BD, case.encoder, 2 * n_rows, "batch"), expected, case)
     for threshold_F in (torch.linspace(-4, 4, width), torch.tensor(-torch.inf)):
         found = CPU.select_threshold(x_BD, case.encoder, threshold_F)
@@ -159,6 +159,22 @@ def test_select__rows_whose_guess_fails_are_done_again(shift: float, dtype: torc
         torch.testing.assert_close(
             spread(found, case).sort(dim=1).values, spread(expected, case).sort(dim=1).values, rtol=0.01, atol=0.1
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_select__has_the_same_bits_whatever_the_batch_before_was(dtype: torch.dtype) -> None:
+    """A run that goes on from a checkpoint knows nothing of that batch."""
+    plain = make_case(129, 640, 515)
+    encoder = plain.encoder._replace(weights=[plain.encoder.weights[0].to(dtype)])
+    found = []
+    for CPU.search.room, CPU.search.cut in ((1, 0.0), (10_000, 30.0), (90, 50.0)):
+        pairs = [
+            CPU.select_topk(plain.x_BD, encoder, 129 * 40, "batch"),
+            CPU.select_threshold(plain.x_BD, encoder, torch.tensor(1.0)),
+        ]
+        found.append([tensor for one in pairs for tensor in one])
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
 
 
 def test_threshold__that_too_many_pairs_are_above_is_told() -> None:
