@@ -167,6 +167,17 @@ class Fit(Strict):
     max_failures: int = Field(5, ge=0)
     """How often the worker group is restarted from its last checkpoint before the sweep fails."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _gpus_multiply_in_bfloat16(cls, content: typing.Any) -> typing.Any:
+        return {"products": "bfloat16"} | content if isinstance(content, dict) and content.get("gpu") else content
+
+    @model_validator(mode="after")
+    def _no_other_products_on_gpus(self) -> "Fit":
+        if self.gpu and self.products != "bfloat16":
+            raise ValueError(f"products is {self.products}: on GPUs it is bfloat16, drop products")
+        return self
+
 
 class Evaluation(Strict):
     """What is measured on the held-out text."""
@@ -230,7 +241,8 @@ class Recipe(Strict):
         changing_bits = {"sequences", "calibration_sequences", "outlier_norm", "tensor_parallel"}
         harvest = self.harvest.model_dump(include=changing_bits)
         layers = suite.model_layers(self.model.public_name)
-        context = Context(self.model.name, layers, self.seed, self.training, shared | {"harvest": harvest})
+        fit = self.fit.model_dump(include={"products"})
+        context = Context(self.model.name, layers, self.seed, self.training, shared | {"harvest": harvest, "fit": fit})
         cells = [cell for n, grid in enumerate(self.sweep) for cell in expand(grid, f"sweep.{n}", context)]
         seen: dict[str, str] = {}
         for cell in cells:

@@ -109,4 +109,5 @@ def results_of(recipe: dict[str, Any]) -> dict[str, Any]:
     """The part of a recipe that its results depend on: a sweep may go on with other workers or actors."""
     placement = ("actors", "cpus", "gpus", "label_selector", "cache", "zero3", "block_seconds")
     harvest = {key: value for key, value in recipe["harvest"].items() if key not in placement}
-    return {key: value for key, value in recipe.items() if key not in ("fit", "output")} | {"harvest": harvest}
+    fit = {"products": recipe["fit"].get("products")}
+    return {key: value for key, value in recipe.items() if key != "output"} | {"harvest": harvest, "fit": fit}

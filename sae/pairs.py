@@ -38,12 +38,6 @@ class Pairs(NamedTuple):
         width = mask_BF.shape[1]
         return Pairs(flat_P // width, flat_P % width, pre_P, pre_P)
 
-    def where_also(self, mask_P: Tensor) -> "Pairs":
-        """Some of these, whose values are their pre-activations."""
-        kept = mask_P.nonzero()[:, 0]
-        pre_P = self.pre_P[kept]
-        return Pairs(self.rows_P[kept], self.latents_P[kept], pre_P, pre_P)
-
 
 class Active:
     """The pairs of one group of latents, with the products that training needs."""

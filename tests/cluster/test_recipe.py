@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from cluster import gemma
+from cluster.errors import UserError
 from cluster.memory import memory
 from cluster.planner import lay_out, table
 from cluster.recipe import load, parse
+from cluster.run_folder import results_of
 from jobs import sweep as job
 from sae.presets import GEMMA_SCOPE_2
 from sae.sites import HOOK_POINTS
@@ -43,8 +45,9 @@ def test_ids__change_with_what_changes_the_result_and_with_nothing_else(tiny_rec
     def first_id(**changes) -> str:
         return parse(tiny_recipe | changes).specs()[0].id
 
-    same = first_id()
-    assert first_id(output="elsewhere", fit={"workers": 3}, evaluation={"loss_tokens": 64}) == same
+    same, fit = first_id(), tiny_recipe["fit"]
+    assert first_id(output="elsewhere", fit=fit | {"workers": 3}, evaluation={"loss_tokens": 64}) == same
+    assert first_id(fit=fit | {"products": "bfloat16"}) != same
     assert first_id(seed=1) != same
     assert first_id(training={"learning_rate": 0.01}) != same
     assert first_id(corpus=tiny_recipe["corpus"] | {"train_tokens": 32_768}) != same
@@ -186,3 +189,16 @@ def test_dtype__is_by_default_what_the_devices_are_fast_at(
     model = {"name": tiny_recipe["model"]["name"]} | asked
     content = tiny_recipe | {"model": model, "harvest": tiny_recipe["harvest"] | {"gpus": gpus}}
     assert parse(content).model.dtype == dtype
+
+
+def test_products__are_by_default_what_the_devices_are_fast_at(monkeypatch, tiny_recipe) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    fit = {key: value for key, value in tiny_recipe["fit"].items() if key != "products"}
+    narrow, by_default, on_gpus = (
+        parse(tiny_recipe | {"fit": fit | more}) for more in ({"products": "bfloat16"}, {}, {"gpu": True})
+    )
+    assert [recipe.fit.products for recipe in (narrow, by_default, on_gpus)] == ["bfloat16", "float32", "bfloat16"]
+    kept = [results_of(recipe.model_dump(mode="json")) for recipe in (narrow, by_default)]
+    assert kept[0] != kept[1]  # a run in the one does not go on in the other
+    with pytest.raises(UserError, match="products is float32: on GPUs it is bfloat16"):
+        parse(tiny_recipe | {"fit": fit | {"gpu": True, "products": "float32"}})

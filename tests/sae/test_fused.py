@@ -83,6 +83,27 @@ def test_jumprelu__that_starts_dense_becomes_sparse_like_the_objective(
     assert dense[-1] < 1
 
 
+def test_jumprelu__products_in_bfloat16_leave_its_band_where_it_is() -> None:
+    """Thresholds of 2, where numbers of bfloat16 lie further apart than the band is wide."""
+    spec = make_spec("sae", "jumprelu", training={"jumprelu": {"bandwidth": 0.01, "threshold_start": 2.0}})
+    dictionary = TrainingDictionary(spec, SITE_WIDTHS, torch.device("cpu"), products=torch.bfloat16)
+    dictionary.parameters["w_enc.0"].mul_(3)
+    dictionary.fused = dictionary._fused()
+    x, y = make_rows(spec, 0, n_rows=2000)
+    dictionary.step(x, y, progress=0.01)
+    fused = dictionary.fused
+    activation, w_FD = fused._activation(), fused.w_enc.copy
+    pairs = fused.kernels.select_threshold(fused.centred_BD, fused._encoder(), activation.floor() * 0.99)
+    rounded_P = pairs.pre_P.clone()
+    fused._sharpen(pairs, torch.finfo(torch.bfloat16).eps)
+    exact_P = (fused.centred_BD[pairs.rows_P].float() * w_FD[pairs.latents_P].float()).sum(1)
+    exact_P += dictionary.parameters["b_enc"][pairs.latents_P]
+    in_band_P = (exact_P - activation.threshold()[pairs.latents_P]).abs() < 0.005
+    assert in_band_P.sum() > 10
+    torch.testing.assert_close(pairs.pre_P[in_band_P], exact_P[in_band_P], rtol=1e-5, atol=1e-5)
+    assert (rounded_P - exact_P)[in_band_P].abs().max() > 1e-3
+
+
 def test_fused_steps__go_on_from_a_state(kernels: Kernels) -> None:
     spec = make_spec("sae", "batch_topk")
     plain, fused = pair_of_dictionaries(spec, kernels)
