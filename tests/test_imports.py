@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = {"sae", "cluster", "jobs", "serve"}
 ALLOWED = {"sae": set(), "cluster": {"sae"}, "jobs": {"sae", "cluster"}, "serve": {"sae"}}
 SAE_LIBRARIES = {"torch", "numpy", "pydantic", "safetensors"}
-ON_A_CPU = {"loops.py"}
+ON_A_CPU = {"compiled.py", "search_loops.py"}
 ON_A_GPU = {"gpu.py", "triton_adam.py", "triton_products.py", "triton_select.py"}  # torch's CUDA build brings Triton
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sae.kernels import TooDense, loops
+from sae.kernels import TooDense
+from sae.kernels import search_loops as loops
 from sae.kernels.entries import Encoder
 from sae.kernels.threads import SCRATCH, array, spread
 from sae.pairs import Pairs
@@ -215,7 +216,7 @@ _KEYS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64:
 
 
 def _keys(values: Tensor) -> Tensor:
-    """`loops.key` of each."""
+    """`compiled.key` of each."""
     bits = values.view(_KEYS[values.dtype])
     sign = bits >> (8 * bits.itemsize - 1)
     return ((bits & torch.iinfo(bits.dtype).max) ^ sign) - sign
