@@ -115,8 +115,12 @@ class FolderStore:
             raise Missing(f"{self.url}/{name}") from None
 
     def names(self, prefix: str = "") -> list[str]:
-        found = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
-        return sorted(name for name in found if name.startswith(prefix) and not name.startswith(STAGED))
+        found: list[str] = []
+        for folder, folders, files in os.walk(self.root, onerror=_unless_gone):
+            kept = [name for name in files if not name.startswith(STAGED)]
+            folders[:] = [name for name in folders if not name.startswith(STAGED)]
+            found += (Path(folder, name).relative_to(self.root).as_posix() for name in kept)
+        return sorted(name for name in found if name.startswith(prefix))
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
@@ -143,6 +147,12 @@ class FolderStore:
             _sync(final.parent)
         finally:
             staged.unlink(missing_ok=True)
+
+
+def _unless_gone(error: OSError) -> None:
+    """Others stage and delete folders while this one lists them."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _sync(path: Path) -> None:

@@ -4,11 +4,13 @@ It is fail-closed: what is not in `OPEN` needs a token, whether there is such a 
 `SCOPES` needs "read". Nothing of a body is read before the token is known and there is room.
 """
 
+import asyncio
 import logging
 import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from serve import bodies, problems
@@ -25,6 +27,7 @@ SCOPES: dict[str, Scope] = {"/metrics": "admin", "/v1/steer": "steer"}
 LOOPBACK = ("127.0.0.1", "::1")
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 LONGEST_TOKEN = 256
+LINGER_SECONDS, LINGER_BYTES = 1.0, 2**25  # after a refusal, for the rest of the body
 
 Scopes = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -43,9 +46,9 @@ class Gate:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
-        exchange = Exchange(scope, send)
+        exchange = Exchange(scope, receive, send)
         try:
-            await self._pass(exchange, receive)
+            await self._pass(exchange)
         except Problem as problem:
             await exchange.refuse(problem)
         except bodies.Gone:
@@ -56,18 +59,18 @@ class Gate:
         finally:
             self.metrics.answered(exchange.route(), exchange.status, time.perf_counter() - exchange.started)
 
-    async def _pass(self, exchange: "Exchange", receive: bodies.Receive) -> None:
+    async def _pass(self, exchange: "Exchange") -> None:
         if exchange.path in OPEN:
-            return await self.app(exchange.scope, receive, exchange.send)
+            return await self.app(exchange.scope, exchange.receive, exchange.send)
         self._admit(exchange)
         if self.inside >= self.limits.concurrent:
             raise Problem(503, "the service is full", self.limits.retry_seconds, bodies.CLOSE)
         self.inside += 1
         self.metrics.inside.set(self.inside)
         try:
-            body = await bodies.read(receive, exchange.headers, self.limits)
+            body = await bodies.read(exchange.receive, exchange.headers, self.limits)
             exchange.drop_encoding()
-            await self.app(exchange.scope, replay(body, receive), exchange.send)
+            await self.app(exchange.scope, replay(body, exchange.receive), exchange.send)
         finally:
             self.inside -= 1
             self.metrics.inside.set(self.inside)
@@ -99,13 +102,20 @@ class Gate:
 class Exchange:
     """One request and what was answered."""
 
-    def __init__(self, scope: Scopes, send: Send):
-        self.scope, self._send = scope, send
+    def __init__(self, scope: Scopes, receive: bodies.Receive, send: Send):
+        self.scope, self._receive, self._send = scope, receive, send
+        self.more = True
         self.id = secrets.token_hex(8)
         self.path = scope["path"].removeprefix(scope.get("root_path", ""))  # as the router sees it
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self.started, self.status = time.perf_counter(), 0
         scope.setdefault("state", {})["request_id"] = self.id
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        """Notes whether more of the body follows."""
+        message = await self._receive()
+        self.more = message.get("more_body", False)
+        return message
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """Passes what the application answers, with the request's id."""
@@ -122,7 +132,19 @@ class Exchange:
         headers = problem.all_headers() | {"Content-Length": str(len(body))}
         encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await self.send({"type": "http.response.start", "status": problem.status, "headers": encoded})
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        if bodies.CLOSE.items() <= headers.items():
+            await self._read_on()
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def _read_on(self) -> None:
+        """What is left of the body: a connection closed on bytes that nobody read is reset, and the caller, who may
+        still be sending, loses the answer."""
+        left = LINGER_BYTES
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while self.more and left > 0:
+                    left -= len((await self.receive()).get("body", b""))
 
     def drop_encoding(self) -> None:
         """The application gets the body decompressed."""

@@ -46,6 +46,25 @@ def test_files__are_kept_listed_and_deleted_by_name(place: Store, tmp_path: Path
         place.read("one/a")
 
 
+def test_names__while_folders_come_and_go_lists_what_stays(tmp_path: Path) -> None:
+    place, done = FolderStore(tmp_path), threading.Event()
+    place.put_new("stays/a", b"")
+
+    def come_and_go() -> None:
+        while not done.is_set():
+            place.put_new("goes/a", b"")
+            place.delete(["goes/a"])
+
+    with ThreadPoolExecutor(1) as pool:
+        changing = pool.submit(come_and_go)
+        try:
+            for _ in range(2000):
+                assert "stays/a" in place.names()
+        finally:
+            done.set()
+        changing.result()
+
+
 def test_read_range__gives_what_there_is_of_it(place: Store, tmp_path: Path) -> None:
     place.put_file("a", written(tmp_path / "a", b"0123456789"))
     assert place.read_range("a", 2, 5) == b"234"

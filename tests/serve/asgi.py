@@ -52,6 +52,11 @@ async def exchange(app: Any, scope: dict[str, Any], receive: Messages) -> Answer
         sent.append(message)
 
     await app(scope, receive, send)
+    return answered(sent)
+
+
+def answered(sent: list[dict[str, Any]]) -> Answer:
+    """What these messages say."""
     head, *rest = sent
     headers = {name.decode(): value.decode() for name, value in head["headers"]}
     return Answer(head["status"], headers, b"".join(message.get("body", b"") for message in rest))

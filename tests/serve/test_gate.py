@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import logging
+import socket
 import time
 import tracemalloc
 
@@ -13,7 +14,7 @@ from serve.gate import Gate
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.tokens import Caller, NoTokens, Tokens
-from tests.serve.asgi import Answer, call, exchange, parts, scope
+from tests.serve.asgi import Answer, answered, call, exchange, parts, scope, serving
 
 READER, ADMIN = "reader-token", "admin-token"
 CALLERS = [
@@ -139,36 +140,69 @@ def test_slow_body__is_given_up(pause: float, count: int) -> None:
     receive = parts(*[b"x"] * count, pause=pause)
     answer = asyncio.run(exchange(gate(), scope("POST", "/x", BEARER), receive))
     assert (answer.status, answer.headers["connection"]) == (408, "close")
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 2
 
 
-def test_full_house__is_told_at_once_and_reads_nothing() -> None:
-    leave, read = asyncio.Event(), []
+def test_full_house__is_told_at_once_and_before_anything_is_read() -> None:
+    leave, sent, at, read = asyncio.Event(), [], [], []
 
     async def stay(scope, receive, send) -> None:
         await leave.wait()
         await echo(scope, receive, send)
 
-    async def never():
-        read.append(True)
-        return {"type": "http.request", "body": b""}
+    async def receive():
+        read.append(len(sent))
+        return {"type": "http.disconnect"}
 
-    async def scenario() -> tuple[Answer, float, list[Answer]]:
+    async def send(message) -> None:
+        sent.append(message)
+        at.append(time.monotonic())
+
+    async def scenario() -> list[Answer]:
         full = gate(app=stay)
         inside = [asyncio.create_task(exchange(full, scope("POST", "/x", BEARER), parts(b"x"))) for _ in range(2)]
         await asyncio.sleep(0.01)
-        started = time.monotonic()
-        refused = await exchange(full, scope("POST", "/x", BEARER), never)
-        seconds = time.monotonic() - started
+        at.append(time.monotonic())
+        await full(scope("POST", "/x", BEARER), receive, send)
         leave.set()
         answers = [await task for task in inside]
-        answers.append(await exchange(full, scope("POST", "/x", BEARER), parts(b"x")))
-        return refused, seconds, answers
+        return [*answers, await exchange(full, scope("POST", "/x", BEARER), parts(b"x"))]
 
-    refused, seconds, answers = asyncio.run(scenario())
-    assert (refused.status, refused.headers["retry-after"], read) == (503, "1", [])
-    assert seconds < 0.05
+    answers, refused = asyncio.run(scenario()), answered(sent)
+    assert (refused.status, refused.headers["retry-after"], refused.json()["status"]) == (503, "1", 503)
+    assert read == [2]
+    assert at[2] - at[0] < 0.05
     assert [answer.body for answer in answers] == [b"x"] * 3
+
+
+@pytest.mark.parametrize(("headers", "status"), [({}, 401), (BEARER, 413)], ids=["a stranger", "too large"])
+def test_refusal__reaches_a_caller_that_sends_all_before_it_reads(headers: dict, status: int) -> None:
+    size = 2**24
+    lines = ["POST /x HTTP/1.1", "host: x", f"content-length: {size}", *map(": ".join, headers.items()), "", ""]
+    with serving(gate()) as url:
+        host, port = url.removeprefix("http://").split(":")
+        for _ in range(10):
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                connection.sendall("\r\n".join(lines).encode() + bytes(size))
+                answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+            assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+            assert f'"status": {status}'.encode() in answer
+
+
+def test_refusal__reads_on_for_a_moment_and_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.gate.LINGER_SECONDS", 0.1)
+    monkeypatch.setattr("serve.gate.LINGER_BYTES", 1000)
+    unread, started = [b"x" * 300] * 10, time.monotonic()
+
+    async def receive():
+        if not unread:
+            await asyncio.sleep(3600)
+        return {"type": "http.request", "body": unread.pop(), "more_body": True}
+
+    for left in (6, 2, 0, 0):
+        assert asyncio.run(exchange(gate(), scope("POST", "/x", {}), receive)).status == 401
+        assert len(unread) == left
+    assert 0.1 < time.monotonic() - started < 1
 
 
 def test_error_of_ours__tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
