@@ -111,15 +111,14 @@ class FusedStep:
             [self.w_enc.copy[dead]], self.parameters["b_enc"][dead], [group._replace(latents=slice(0, len(dead)))]
         )
         count = min(options.latents or self.dictionary.shape.d_out // 2, len(dead))
-        pairs, w_XD = self.kernels.select_topk(self.centred_BD, encoder, count, "row"), self.w_dec.copy[dead]
-        f_BX = w_XD.new_zeros(self.n_rows, len(dead))
-        f_BX[pairs.rows_P, pairs.latents_P] = pairs.values_P.to(f_BX.dtype)
+        f_BX, w_XD = self.kernels.largest_of_rows(self.centred_BD, encoder, count), self.w_dec.copy[dead]
         rebuilt_BD = (f_BX @ w_XD).to(self.error_BD.dtype)
         grad_BD = auxk_gradient(options, rebuilt_BD, self.error_BD, self.dictionary.team.rows).to(f_BX.dtype)
-        slopes_BX = grad_BD @ w_XD.T * (f_BX > 0)
+        slopes_BX = grad_BD @ w_XD.T
+        sums_X = self.kernels.gate(slopes_BX, f_BX)
         return (
             More(dead, f_BX.T @ grad_BD, self.rate.new_empty(0)),
-            More(dead, slopes_BX.T @ self.centred_BD, slopes_BX.sum(0, dtype=self.rate.dtype)),
+            More(dead, slopes_BX.T @ self.centred_BD, sums_X.to(self.rate.dtype)),
         )
 
     def _select(self, count: int) -> Pairs:

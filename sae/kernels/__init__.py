@@ -47,6 +47,19 @@ class Kernels(ABC):
         pre-activations are left in `pre_BF`, if given.
         """
 
+    def largest_of_rows(self, x_BD: Tensor, encoder: Encoder, count: int) -> Tensor:
+        """The `count` largest positive pre-activations of each row in their places, of equal ones any, and 0 in the
+        others; in the products' type. For counts so large that pairs would not pay. [B, F]"""
+        pairs = self.select_topk(x_BD, encoder, count, "row")
+        f_BF = pairs.values_P.new_zeros(len(x_BD), encoder.width, dtype=encoder.weights[0].dtype)
+        f_BF[pairs.rows_P, pairs.latents_P] = pairs.values_P.to(f_BF.dtype)
+        return f_BF
+
+    def gate(self, grad_BF: Tensor, f_BF: Tensor) -> Tensor:
+        """Puts 0 in the gradients of what is 0; the sums of columns. [F]"""
+        grad_BF *= f_BF > 0
+        return grad_BF.sum(0, dtype=torch.promote_types(grad_BF.dtype, torch.float32))
+
     @abstractmethod
     def select_threshold(
         self, x_BD: Tensor, encoder: Encoder, threshold_F: Tensor, pre_BF: Tensor | None = None,

@@ -51,6 +51,12 @@ def _ordered(bits, last, others):
 
 
 @compiled
+def part_of(first, by_part, items):
+    """Which part of all items it is, as `threads.spread` cuts them, that begins with the first."""
+    return (first * by_part.shape[0] + items.shape[0] - 1) // items.shape[0]
+
+
+@compiled
 def narrow(value):
     """The bits of the nearest bfloat16, of two equally near the even one."""
     bits = np.float32(value).view(np.uint32)

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.kernels import Kernels, loops
+from sae.kernels import Kernels, loops, search
 from sae.kernels.entries import ByLatent, Encoder, Entries, Matrix, More
-from sae.kernels.search import Search, largest_of_rows
 from sae.kernels.threads import spread
 from sae.pairs import Pairs
 
@@ -20,7 +19,7 @@ class Cpu(Kernels):
     """`sae.kernels.Kernels` for float32 and float64, and products of bfloat16, on torch's number of threads."""
 
     def __init__(self) -> None:
-        self.search = Search()
+        self.search = search.Search()
 
     def centre(
         self, x_BD: Tensor, y_BD: Tensor, centre_D: Tensor, b_dec_D: Tensor, centred_BD: Tensor, rest_BD: Tensor
@@ -35,8 +34,19 @@ class Cpu(Kernels):
         self, x_BD: Tensor, encoder: Encoder, count: int, per: Literal["row", "batch"], pre_BF: Tensor | None = None
     ) -> Pairs:
         if per == "row":
-            return largest_of_rows(x_BD, encoder, min(count, encoder.width), pre_BF)
+            return search.largest_of_rows(x_BD, encoder, min(count, encoder.width), pre_BF)
         return self.search.largest_of_batch(x_BD, encoder, count, pre_BF)
+
+    def largest_of_rows(self, x_BD: Tensor, encoder: Encoder, count: int) -> Tensor:
+        return search.dense_largest_of_rows(x_BD, encoder, count)
+
+    def gate(self, grad_BF: Tensor, f_BF: Tensor) -> Tensor:
+        n_rows, width = grad_BF.shape
+        sums = torch.zeros(
+            min(torch.get_num_threads(), n_rows), width, dtype=torch.promote_types(grad_BF.dtype, torch.float32)
+        )
+        spread(loops.gate, n_rows, grad_BF, f_BF.contiguous(), sums)
+        return sums.sum(0)
 
     def select_threshold(
         self, x_BD: Tensor, encoder: Encoder, threshold_F: Tensor, pre_BF: Tensor | None = None,

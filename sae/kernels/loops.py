@@ -7,7 +7,7 @@ division, NaN stays NaN).
 
 import numpy as np
 
-from sae.kernels.compiled import compiled, narrow, wide
+from sae.kernels.compiled import compiled, narrow, part_of, wide
 
 
 @compiled
@@ -105,6 +105,17 @@ def rebuild(starts, order, latents, values, table, rest, scale, grad, is_narrow,
 
 
 @compiled
+def gate(grad, f, sums, first, last):
+    """Puts 0 in the gradients of what is 0. sums: of each part the columns' sums"""
+    total, zero = sums[part_of(first, sums, grad)], grad.dtype.type(0)
+    for row in range(first, last):
+        slopes, values = grad[row], f[row]
+        for n in range(slopes.shape[0]):
+            slopes[n] = slopes[n] if values[n] != zero else zero
+            total[n] += wide(slopes[n])
+
+
+@compiled
 def multiply_rows(rows, latents, left, right, out, first, last):
     """out[p] = left[rows[p]]·right[latents[p]]."""
     zero = out.dtype.type(0)
@@ -151,7 +162,7 @@ def fit_rows(
     Where `place` has one for the row, it is given some `more` gradient.
     """
     gradient, room = np.empty(table.shape[1], parameter.dtype), np.empty(longest(starts) + 1, order.dtype)
-    back = backs[(first * backs.shape[0] + parameter.shape[0] - 1) // parameter.shape[0]]
+    back = backs[part_of(first, backs, parameter)]
     for row in range(first, last):
         mine, w, total = order[starts[row] : starts[row + 1]], parameter[row], parameter.dtype.type(0)
         for p in mine:

@@ -7,7 +7,7 @@ found does not depend on their number. NaN is never found.
 import numpy as np
 from numba.cpython.unsafe.numbers import trailing_zeros
 
-from sae.kernels.compiled import compiled, key, wide
+from sae.kernels.compiled import compiled, key, narrow, part_of, wide
 
 BLOCK = 64  # entries that are compared with one number
 WORD = 8  # marks that are looked at together when few of them are set
@@ -43,6 +43,36 @@ def cut_of(keys, rank):
 
 
 @compiled
+def keep_largest_of(pre, bias, keys, count, is_narrow, first, last):
+    """Adds the bias and leaves of each row the `count` largest that are positive, of those equal to the smallest the
+    first, with 0 in the places of the others. keys: an empty array of the type of theirs. pre [B, F], in bfloat16 if
+    `is_narrow`, bias [F]"""
+    mine = np.empty(pre.shape[1], keys.dtype)
+    values = mine.view(bias.dtype)
+    for row in range(first, last):
+        entries = pre[row]
+        for n in range(mine.shape[0]):
+            mine[n] = max(key(wide(entries[n]) + bias[n]), 0)
+        cut = max(mine.dtype.type(cut_of(mine, count)), 1)
+        kept = 0
+        for n in range(mine.shape[0]):
+            kept += mine[n] >= cut
+            mine[n] = mine[n] if mine[n] >= cut else 0
+        for n in range(mine.shape[0] - 1, -1, -1):
+            if kept <= count:
+                break
+            if mine[n] == cut:
+                mine[n] = 0
+                kept -= 1
+        if is_narrow:
+            for n in range(mine.shape[0]):
+                entries[n] = narrow(values[n])
+        else:
+            for n in range(mine.shape[0]):
+                entries[n] = values[n]
+
+
+@compiled
 def floors(pre, bias, width, rank, n_groups, keys, floor, first, last):
     """Of each row a number that at least `rank` of the first `width` entries are no less than, and few others, or 0:
     the rank-th largest of the maxima of groups. keys: an empty array of the type of theirs. pre [B, C], bias [C],
@@ -59,40 +89,47 @@ def floors(pre, bias, width, rank, n_groups, keys, floor, first, last):
 
 
 @compiled
-def append_above(pre, bias, limit, column, starts, counts, latents, values, first, last):
-    """Appends to each row's pairs those of its entries whose keys are above their column's. limit [C]
+def append_above(pre, bias, limit, column, done, used, starts, counts, latents, values, first, last):
+    """Appends to the thread's pairs those of its rows' entries whose keys are above their column's, until there may be
+    no room for a row's. limit [C]
 
-    `column` is the first one's latent. A row's pairs lie from its start on; those for which there is no room before the
-    next row's start, less a word, are only counted. pre [B, C], bias [C], counts [B], starts [B + 1]
+    `column` is the first one's latent. `done` is the row at which the thread goes on, `used` how many pairs it has; of
+    each row, where its pairs start and how many they are. pre [B, C], bias [C], latents, values [T, room]
     """
-    marks, least = new_marks(pre.shape[1]), bias.dtype.type(-np.inf)
-    for row in range(first, last):
+    thread, marks, least = part_of(first, used, pre), new_marks(pre.shape[1]), bias.dtype.type(-np.inf)
+    for row in range(done[thread], last):
+        if used[thread] + marks.shape[0] > latents.shape[1]:
+            break
         entries = pre[row]
         for n in range(entries.shape[0]):
             marks[n] = key(entries[n]) > limit[n]
-        at = starts[row] + counts[row]
-        end = append_marked(marks, entries, bias, least, column, latents, values, at, starts[row + 1])
-        counts[row] = end - starts[row]
+        starts[row] = used[thread]
+        used[thread] = append_marked(marks, entries, bias, least, column, latents[thread], values[thread], starts[row])
+        counts[row] = used[thread] - starts[row]
+        done[thread] = row + 1
 
 
 @compiled
-def append_from(pre, bias, top, floor, keys, shift, column, starts, counts, latents, values, first, last):
+def append_from(pre, bias, top, floor, keys, shift, column, done, used, starts, counts, latents, values, first, last):
     """As `append_above`, the entries that are with their bias no less than the row's floor.
 
     top: the largest bias of each `BLOCK` columns. keys: an empty array of the type of the entries' keys, which are
     those of the biases' type less `shift` bits. floor [B]
     """
-    marks = new_marks(pre.shape[1])
-    for row in range(first, last):
+    thread, marks = part_of(first, used, pre), new_marks(pre.shape[1])
+    for row in range(done[thread], last):
+        if used[thread] + marks.shape[0] > latents.shape[1]:
+            break
         entries, least = pre[row], floor[row]
         for block in range(top.shape[0]):
             some, marked = entries[BLOCK * block : BLOCK * (block + 1)], marks[BLOCK * block : BLOCK * (block + 1)]
             limit = keys.dtype.type(key(least - top[block]) >> shift)
             for n in range(some.shape[0]):
                 marked[n] = key(some[n]) >= limit
-        at = starts[row] + counts[row]
-        end = append_marked(marks, entries, bias, least, column, latents, values, at, starts[row + 1])
-        counts[row] = end - starts[row]
+        starts[row] = used[thread]
+        used[thread] = append_marked(marks, entries, bias, least, column, latents[thread], values[thread], starts[row])
+        counts[row] = used[thread] - starts[row]
+        done[thread] = row + 1
 
 
 @compiled
@@ -102,14 +139,11 @@ def new_marks(width):
 
 
 @compiled
-def append_marked(marks, entries, bias, least, column, latents, values, at, end):
+def append_marked(marks, entries, bias, least, column, latents, values, at):
     """Writes the marked entries that are no less than `least`, with their bias, from `at` on; where they end."""
     words = marks.view(np.int64)
     for word in range(words.shape[0]):
         left = words[word]
-        if left != 0 and at + WORD > end:
-            at += (left * 0x0101010101010101) >> 56  # how many marks
-            left = 0
         while left != 0:
             n = WORD * word + (trailing_zeros(left) >> 3)
             value = wide(entries[n]) + bias[n]
@@ -121,30 +155,48 @@ def append_marked(marks, entries, bias, least, column, latents, values, at, end)
 
 
 @compiled
-def gather(rows, starts, counts, latents, values, out_starts, out_rows, out_latents, out_values, first, last):
-    """Writes each row's pairs where they are to be. rows: their numbers. out_starts [B]"""
+def gather(starts, counts, latents, values, out_starts, out_rows, out_latents, out_values, first, last):
+    """Writes each row's pairs, of all parts, where they are to be. starts, counts [parts, B]; out_starts [B]"""
+    thread = part_of(first, latents, out_starts)
     for row in range(first, last):
-        begin, at = starts[row], out_starts[row]
-        for n in range(counts[row]):
-            out_rows[at + n] = rows[row]
-            out_latents[at + n] = latents[begin + n]
-            out_values[at + n] = values[begin + n]
+        at = out_starts[row]
+        for part in range(starts.shape[0]):
+            begin = starts[part, row]
+            for n in range(counts[part, row]):
+                out_rows[at + n] = row
+                out_latents[at + n] = latents[thread, begin + n]
+                out_values[at + n] = values[thread, begin + n]
+            at += counts[part, row]
 
 
 @compiled
 def keep_largest(starts, counts, latents, values, keys, count, out_latents, out_values, out_counts, first, last):
     """The `count` largest of each row's pairs, all positive, in their order; of those equal to the smallest the first.
-    keys: the values' bits. out_latents, out_values [B, count]; out_counts [B]"""
+    keys: the values' bits. starts, counts [parts, B]; out_latents, out_values [B, count]; out_counts [B]"""
+    thread, n_parts, room = part_of(first, latents, out_counts), starts.shape[0], np.empty(0, keys.dtype)
     for row in range(first, last):
-        begin, end = starts[row], starts[row] + counts[row]
-        mine, spare, at = keys[begin:end], count, 0
+        total = 0
+        for part in range(n_parts):
+            total += counts[part, row]
+        if total > room.shape[0]:
+            room = np.empty(2 * total, keys.dtype)
+        end = 0
+        for part in range(n_parts):
+            begin, length = starts[part, row], counts[part, row]
+            room[end : end + length] = keys[thread, begin : begin + length]
+            end += length
+        mine, spare, at = room[:total], count, 0
         cut = mine.dtype.type(cut_of(mine, count))
-        for n in range(mine.shape[0]):
+        for n in range(total):
             spare -= mine[n] > cut
-        for n in range(mine.shape[0]):
-            if mine[n] > cut or (mine[n] == cut and spare > 0):
-                spare -= mine[n] == cut
-                out_latents[row, at] = latents[begin + n]
-                out_values[row, at] = values[begin + n]
-                at += 1
+        end = 0
+        for part in range(n_parts):
+            begin, length = starts[part, row] - end, counts[part, row]
+            for n in range(end, end + length):
+                if mine[n] > cut or (mine[n] == cut and spare > 0):
+                    spare -= mine[n] == cut
+                    out_latents[row, at] = latents[thread, begin + n]
+                    out_values[row, at] = values[thread, begin + n]
+                    at += 1
+            end += length
         out_counts[row] = at
