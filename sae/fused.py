@@ -234,12 +234,12 @@ class FusedJumpReLU(FusedStep):
         return activation.among(pairs, self.n_rows, self.now)
 
     def _sharpen(self, pairs: Pairs, rounding: float) -> None:
-        """Puts pre-activations about their thresholds' bands where they are: rounded, those of latents with large
-        thresholds would all be in a band or all beside it."""
+        """Puts pre-activations about their thresholds and the ends of their bands where they are: rounded, those of
+        latents with large thresholds would all be in a band or all beside it."""
         activation = self._activation()
         threshold_P = activation.state["threshold"].index_select(0, pairs.latents_P)
-        reach_P = activation.settings.bandwidth / 2 + rounding * threshold_P
-        near = ((pairs.pre_P - threshold_P).abs() <= reach_P).nonzero()[:, 0]
+        away_P, error_P = (pairs.pre_P - threshold_P).abs(), rounding * threshold_P
+        near = ((away_P <= error_P) | ((away_P - activation.settings.bandwidth / 2).abs() <= error_P)).nonzero()[:, 0]
         latents_P = pairs.latents_P[near]
         entries = Entries(pairs.rows_P[near], latents_P, self.n_rows, self.dictionary.shape.width)
         products_P = self.kernels.value_gradients(entries, self.centred_BD, self.w_enc.copy)
