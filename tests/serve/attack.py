@@ -217,9 +217,11 @@ def bodies(running: Endpoint, limits: Limits, count: int) -> list[Row]:
     declared = _head(running, target, octets, {"Content-Length": "100"})
     full = b'{"rows": [[' + b",".join([b"0.5"] * 10) + b"]]}"
     at_limit = post(running, target, full + b" " * (limit - len(full)))
+    # Made once: this process, in which the canary asks too, has one interpreter lock.
+    over = _head(running, target, "application/json", {"Content-Length": str(limit + 1)}) + b" " * (limit + 1)
     bomb = gzip.compress(b"\0" * (64 * limit))
     trials = {
-        "a byte over": (lambda: post(running, target, b" " * (limit + 1)), 413),
+        "a byte over": (lambda: send(running, over), 413),
         "chunks without end": (lambda: send(running, chunked, *[chunk] * (limit // 65536 + 8)), 413),
         "gzip bomb": (lambda: post(running, target, bomb, **{"Content-Encoding": "gzip"}), 413),
         "length that lies": (lambda: send(running, declared, b"\0" * 10, pause=limits.idle_seconds + 0.5), 408),

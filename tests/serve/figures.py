@@ -27,6 +27,7 @@ from tests.serve.live import Endpoint, endpoint
 LIMITS = Limits(body_bytes=2**23, concurrent=8, idle_seconds=2, body_seconds=6)
 FEW = 3  # requests in the house of the endpoint that is overloaded: the time of those accepted is about that of so many
 WIDE = "suite.wide"
+SOAK = 6  # as long as another part
 COUNTS = ("routes", "wrong", "lost", "5xx", "open", "failed", "accepted", "flagged", "changed", "left")
 
 
@@ -56,7 +57,7 @@ def measure(running: Endpoint, root: Path, seconds: float) -> list[report.Row]:
     rows += attack.of_contract(running, round(min(400, 2 * seconds)))
     rows += attack.bodies(running, LIMITS, round(min(100, 2 * seconds)))
     rows += attack.auth(running)
-    rows += load.leak(running, WIDE, seconds)
+    rows += load.leak(running, WIDE, SOAK * seconds)
     rows += load.faults(running, WIDE, seconds)
     return rows
 

@@ -28,6 +28,7 @@ from tests.serve.live import Endpoint
 
 ROWS = 64  # of a request under load
 MIB = 2**20
+PLANTED, SOAK_PAUSE_SECONDS = 2**17, 0.1
 KILL_SECONDS = 5.0
 
 
@@ -274,6 +275,7 @@ def leaks(times: list[float], sizes: list[float]) -> bool:
 
 
 def leak(running: Endpoint, name: str, seconds: float) -> list[Row]:
+    """Some calls, a look at the memory, a pause: what the service keeps of a call, it keeps of slow ones."""
     client, x_BD = running.client(), torch.randn(ROWS, 640)
     times, sizes, hoard, own = [], [], [], []
     started = time.monotonic()
@@ -282,10 +284,13 @@ def leak(running: Endpoint, name: str, seconds: float) -> list[Row]:
             client.encode(name, x_BD, top_k=32)
         times.append(time.monotonic() - started)
         sizes.append(memory(running))
-        hoard.append(np.ones(MIB))  # the planted leak: this process keeps 8 MiB a round
+        hoard.append(np.ones(PLANTED // 8))  # the planted leak: this process keeps some of each round
         own.append(float(psutil.Process().memory_info().rss))
+        time.sleep(SOAK_PAUSE_SECONDS)
     rate, noise = slope(times, sizes)
     return [
+        row("soak: calls", 5 * len(times), "calls", ">=", 1),
+        row("soak: memory at its end", sizes[-1] / MIB, "MiB", ">=", 0),
         row("soak: growth of memory a minute", rate, "MiB", "<=", max(noise, 1.0)),
         row("soak: planted leak", leaks(times, own), "flagged", "==", 1),
     ]

@@ -182,7 +182,7 @@ def main() -> int:
     if not chosen.check:
         found, taken = beside_many(job | {"rows": chosen.rows[0]}, chosen.peers)
         rows += found
-    if chosen.peers and file and demo.SUMMARY.exists():
+    if chosen.peers and file and not chosen.check:
         rows += demo.beside_demo(run, job, sys.executable, chosen.peers)
     met = write("bench", rows, noise=wavering, arguments=vars(chosen))
     if chosen.check:
