@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from sae.dictionary import Dictionary
-from sae.pairs import starts
 from serve.problems import Problem
 
 Operation = Literal["encode", "decode", "reconstruct", "describe"]
@@ -170,28 +169,31 @@ def select(dictionary: Dictionary, pre_BF: Tensor, selection: Selection) -> Feat
     if selection.only:
         chosen = torch.tensor(selection.only)
         pre_BF, above_F = pre_BF[:, chosen], above_F[chosen]
-    rows_P, latents_P = (pre_BF > above_F).nonzero(as_tuple=True)
-    values_P = pre_BF[rows_P, latents_P]
-    if selection.top_k is not None:
-        kept_P = _largest(rows_P, values_P, len(pre_BF), selection.top_k)
-        rows_P, latents_P, values_P = rows_P[kept_P], latents_P[kept_P], values_P[kept_P]
+    places_P = np.flatnonzero((pre_BF > above_F).numpy())
+    values_P = pre_BF.numpy().reshape(-1)[places_P]
+    width = pre_BF.shape[1]
+    offsets = np.searchsorted(places_P, np.arange(len(pre_BF) + 1) * width)
+    if selection.top_k is not None and np.diff(offsets).max() > selection.top_k:
+        kept_P = _largest(offsets, values_P, selection.top_k)
+        places_P, values_P = places_P[kept_P], values_P[kept_P]
+        offsets = np.searchsorted(places_P, np.arange(len(pre_BF) + 1) * width)
     if len(values_P) > selection.limit:
         return _too_many(selection.limit)
+    latents_P = places_P % width
     if selection.only:
-        latents_P = chosen[latents_P]
-    return Features(starts(rows_P, len(pre_BF) + 1).numpy(), latents_P.int().numpy(), values_P.numpy())
+        latents_P = chosen.numpy()[latents_P]
+    return Features(offsets, latents_P.astype(np.int32), values_P)
 
 
-def _largest(rows_P: Tensor, values_P: Tensor, n_rows: int, count: int) -> Tensor:
+def _largest(offsets: np.ndarray, values_P: np.ndarray, count: int) -> np.ndarray:
     """Which pairs are among the `count` largest of their row. [P]"""
-    offsets = starts(rows_P, n_rows + 1)
-    most = int(offsets.diff().max())
-    if most <= count:
-        return torch.ones_like(rows_P, dtype=torch.bool)
-    places_P = torch.arange(len(rows_P)) - offsets[rows_P]
-    values_BX = torch.zeros(n_rows, most).index_put((rows_P, places_P), values_P)  # all that are there are positive
+    counts_B = np.diff(offsets)
+    rows_P = torch.from_numpy(np.repeat(np.arange(len(counts_B)), counts_B))
+    places_P = torch.from_numpy(np.arange(len(values_P)) - np.repeat(offsets[:-1], counts_B))
+    values_BX = torch.zeros(len(counts_B), int(counts_B.max()))  # all that are there are positive
+    values_BX[rows_P, places_P] = torch.from_numpy(values_P)
     largest = values_BX.topk(count, dim=1, sorted=False).indices
-    return torch.zeros(n_rows, most, dtype=torch.bool).scatter_(1, largest, True)[rows_P, places_P]
+    return torch.zeros_like(values_BX, dtype=torch.bool).scatter_(1, largest, True)[rows_P, places_P].numpy()
 
 
 def _too_many(limit: int) -> Problem:

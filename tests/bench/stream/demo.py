@@ -12,9 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-import yaml
+import yaml  # noqa: E402
 
-from cluster import recipe, session
+from cluster import recipe, session  # noqa: E402
 
 
 def main(rows: int) -> dict[str, float]:
