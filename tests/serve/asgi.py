@@ -1,11 +1,12 @@
 """Calls of an ASGI application without a server: what is sent, part by part, and what came back. And a server."""
 
 import asyncio
+import contextlib
+import http.client
 import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from tests.conftest import free_port
@@ -69,7 +70,15 @@ def call(
     return asyncio.run(exchange(app, scope(method, target, headers or {}, **more), parts(*bodies)))
 
 
-@contextmanager
+def answer_after_all(port: int, headers: dict[str, str], size: int, target: str = "/x") -> Answer:
+    """To a caller that sends the whole body, so many bytes, before it reads; an error if it cannot."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request("POST", target, bytes(size), headers)
+        response = connection.getresponse()
+        return Answer(response.status, dict(response.headers), response.read())
+
+
+@contextlib.contextmanager
 def serving(app: Any) -> Iterator[str]:
     """The application on a port of this machine, by a thread of this process; its URL."""
     import uvicorn

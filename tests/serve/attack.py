@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import socket
+import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ from tests.serve.load import MIB, p99, timed
 PROBLEM_KEYS = {"type", "title", "status", "detail", "request_id"}
 SECRETS = (b"/work", b"/tmp", b"Traceback", b"site-packages", b"127.0.0.1", b"torch", b"ray::")
 PROGRAMS = ("Ingress", "Proxy")
+CANARY_PAUSE_SECONDS = 0.02
+ROUNDS = 3  # what leaks does in most of them, an allocator that grows by a large step in few
 
 
 class Reply(NamedTuple):
@@ -227,20 +230,27 @@ def bodies(running: Endpoint, limits: Limits, count: int) -> list[Row]:
         "length that lies": (lambda: send(running, declared, b"\0" * 10, pause=limits.idle_seconds + 0.5), 408),
     }
     client, x_BD = running.client(retries=8), torch.ones(3, 10)
-    calm = [timed(client.encode, "suite.sae", x_BD) for _ in range(50)]
+    calm = []
+    for _ in range(200):
+        calm.append(timed(client.encode, "suite.sae", x_BD))
+        time.sleep(CANARY_PAUSE_SECONDS)
     rows = [row(f"{limit} bytes", at_limit.status, "status", "==", 200)]
     for name, (act, status) in trials.items():
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda _, act=act: act(), range(40)))  # what is allocated once is not growth
-            before = _resident(running)
-            tasks = [pool.submit(act) for _ in range(count)]
-            canary = [timed(client.encode, "suite.sae", x_BD) for _ in range(20)]
-            while not all(task.done() for task in tasks):
-                canary.append(timed(client.encode, "suite.sae", x_BD))
-            other = [reply.status for reply in (task.result() for task in tasks) if reply.status not in (status, 503)]
+            canary, statuses, grown = [], [], []
+            for _ in range(ROUNDS):
+                before = _resident(running)
+                tasks = [pool.submit(act) for _ in range(count)]
+                while len(canary) < 20 or not all(task.done() for task in tasks):
+                    canary.append(timed(client.encode, "suite.sae", x_BD))
+                    time.sleep(CANARY_PAUSE_SECONDS)
+                statuses += [task.result().status for task in tasks]
+                grown.append((_resident(running) - before) / MIB)
+            other = [found for found in statuses if found not in (status, 503)]
         rows += [
-            row(f"{name}, {count} times: other answers", len(other), "wrong", "==", 0),
-            row(f"{name}: growth of memory", (_resident(running) - before) / MIB, "MiB", "<=", max(1.0, count / 100)),
+            row(f"{name}, {len(statuses)} times: other answers", len(other), "wrong", "==", 0),
+            row(f"{name}: growth of memory", statistics.median(grown), "MiB", "<=", max(1.0, count / 100)),
             row(f"{name}: canary's p99 to the calm one's", p99(canary) / p99(calm), "ratio", "<=", 2),
         ]
     return rows

@@ -19,11 +19,13 @@ import torch
 from sae import artifact
 from serve.client import Client, Refused
 from serve.deploy import build
+from serve.limits import Limits
 from serve.schemas import ChangeBody
 from serve.settings import Settings
 from serve.tokens import NoTokens
 from tests.conftest import tiny_config, write_tokenizer
 from tests.published import KINDS, MODEL, make_config, make_dictionary, make_rows, make_spec
+from tests.serve.asgi import answer_after_all
 from tests.serve.live import Endpoint, endpoint
 from tests.test_readme import blocks
 
@@ -230,6 +232,15 @@ def test_haproxy__listens_for_the_routes_alone_and_does_not_splice(live: Endpoin
     listening = [tuple(at.laddr) for at in haproxy.net_connections("inet") if at.status == psutil.CONN_LISTEN]
     assert set(listening) == {("127.0.0.1", live.port)}
     assert "-dS" in haproxy.cmdline()
+
+
+def test_a_body_over_the_limit__comes_in_slowly_and_is_told_so(live: Endpoint) -> None:
+    """Reading it takes cores from other callers, and not reading it the answer from its sender."""
+    size, headers = Limits().body_bytes + 1, {"authorization": f"Bearer {live.token}"}
+    started = time.monotonic()
+    answer = answer_after_all(live.port, headers, size, "/v1/dictionaries/suite.sae/encode")
+    assert (answer.status, answer.json()["status"]) == (413, 413)
+    assert time.monotonic() - started > 1.5  # at 8 MiB a second
 
 
 def test_killed_replica__is_not_noticed(live: Endpoint, catalog: Path) -> None:
