@@ -26,7 +26,7 @@ class Found:
         self.used_T = torch.zeros_like(self.ends_T)
         self.starts: list[Tensor] = []
         self.counts: list[Tensor] = []
-        self._make_room(-(-room // n_threads))
+        self.latents, self.values = self._room(-(-room // n_threads))
 
     def add_above(self, first: int, part_BC: Tensor, bias_C: Tensor, threshold_C: Tensor) -> None:
         """The entries above their latent's threshold."""
@@ -74,7 +74,7 @@ class Found:
         done_T = torch.cat([self.ends_T.new_zeros(1), self.ends_T[:-1]])
         while (done_T < self.ends_T).any():
             if part_BC.shape[1] > self.latents.shape[1] - int(self.used_T.max()) - loops.WORD:
-                self._make_room(2 * self.latents.shape[1] + part_BC.shape[1])
+                self._grow(self.latents.shape[1] * 5 // 4 + part_BC.shape[1] + loops.WORD)
             spread(
                 loop, self.n_rows, part_BC, *arguments,
                 done_T, self.used_T, starts_B, counts_B, self.latents, self.values,
@@ -82,14 +82,17 @@ class Found:
         self.starts.append(starts_B)
         self.counts.append(counts_B)
 
-    def _make_room(self, room: int) -> None:
-        """For so many pairs of each thread, with those that there are."""
+    def _grow(self, room: int) -> None:
         used = int(self.used_T.max())
-        held = (self.latents[:, :used].clone(), self.values[:, :used].clone()) if used else ()
-        self.latents = SCRATCH.get("latents found", len(self.ends_T), room, torch.int32)
-        self.values = SCRATCH.get("values found", len(self.ends_T), room, self.dtype)
-        for now, before in zip((self.latents, self.values), held, strict=False):
-            now[:, :used] = before
+        held = self.latents[:, :used].clone(), self.values[:, :used].clone()
+        self.latents, self.values = self._room(room)
+        self.latents[:, :used], self.values[:, :used] = held
+
+    def _room(self, room: int) -> tuple[Tensor, Tensor]:
+        """For latents and values of so many pairs of each thread."""
+        n_threads = len(self.ends_T)
+        latents = SCRATCH.get("latents found", n_threads, room, torch.int32)
+        return latents, SCRATCH.get("values found", n_threads, room, self.dtype)
 
 
 def _keys(values: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from sae.kernels.found import KEYS, Found
 from sae.kernels.threads import SCRATCH, array, spread
 from sae.pairs import Pairs
 
-PART_BYTES = 16 << 20  # of products at once; measured here
+PART_BYTES = 12 << 20  # of products at once; measured here
 LEAST_LATENTS = 256  # of a part
 ROOM = 256  # pairs of a row, until a batch is seen
-SPARE = 1.25  # times the pairs of this batch there is room for of the next
+SPARE = 1.125  # times the pairs of this batch there is room for of the next
 SAMPLE_ROWS = 32  # from which a batch's threshold is guessed at first
 MARGIN = 1.3  # times the pairs wanted are looked for: some batches have fewer above a guess
 FALL, FALLS = 0.1, 1.5  # of a batch's threshold to the next, at first; as many such falls lower it is guessed to be
