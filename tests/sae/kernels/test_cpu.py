@@ -56,6 +56,29 @@ def test_select__of_rows_batch_and_thresholds(n_rows: int, columns: int, width: 
         assert len(everything.rows_P) == n_rows * width
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("n_rows", "columns", "width"), SHAPES)
+def test_largest_of_rows__and_their_gradients(n_rows: int, columns: int, width: int, dtype: torch.dtype) -> None:
+    sums = torch.promote_types(dtype, torch.float32)
+    case = make_case(n_rows, columns, width, dtype=sums)
+    encoder = case.encoder._replace(weights=[w_FD.to(dtype) for w_FD in case.encoder.weights])
+    for k in {1, min(3, width), width // 2 or 1, width}:
+        found_BF = CPU.largest_of_rows(case.x_BD.to(dtype), encoder, k)
+        expected_BF = REFERENCE.largest_of_rows(case.x_BD.to(dtype), encoder, k)
+        assert found_BF.dtype == dtype
+        differ_B = (found_BF > 0).sum(1) - (expected_BF > 0).sum(1)
+        assert (
+            differ_B.abs() <= (1 if dtype == torch.bfloat16 else 0)
+        ).all()  # a product may round to either side of 0
+        close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else CLOSE[dtype]
+        torch.testing.assert_close(found_BF.sort(dim=1).values, expected_BF.sort(dim=1).values, **close)
+        grad_BF = torch.randn(n_rows, width, generator=torch.Generator().manual_seed(k)).to(dtype)
+        expected = (grad_BF * (found_BF > 0)).to(sums).sum(0)
+        torch.testing.assert_close(CPU.gate(grad_BF, found_BF), expected, **CLOSE[sums])
+        assert (grad_BF[found_BF == 0] == 0).all()
+        assert (grad_BF[found_BF > 0] != 0).any() or not (found_BF > 0).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n_rows", "columns", "width"), SHAPES)
 def test_products__equal_dense_ones(n_rows: int, columns: int, width: int, dtype: torch.dtype) -> None:
