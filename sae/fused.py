@@ -111,7 +111,7 @@ class FusedStep:
             [self.w_enc.copy[dead]], self.parameters["b_enc"][dead], [group._replace(latents=slice(0, len(dead)))]
         )
         count = min(options.latents or self.dictionary.shape.d_out // 2, len(dead))
-        f_BX, w_XD = self.kernels.largest_of_rows(self.centred_BD, encoder, count), self.w_dec.copy[dead]
+        f_BX, w_XD = self.kernels.dense_topk(self.centred_BD, encoder, count), self.w_dec.copy[dead]
         rebuilt_BD = (f_BX @ w_XD).to(self.error_BD.dtype)
         grad_BD = auxk_gradient(options, rebuilt_BD, self.error_BD, self.dictionary.team.rows).to(f_BX.dtype)
         slopes_BX = grad_BD @ w_XD.T

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sae.dictionary import Dictionary
+from sae.pairs import starts
 from serve.problems import Problem
 
 Operation = Literal["encode", "decode", "reconstruct", "describe"]
@@ -169,31 +170,29 @@ def select(dictionary: Dictionary, pre_BF: Tensor, selection: Selection) -> Feat
     if selection.only:
         chosen = torch.tensor(selection.only)
         pre_BF, above_F = pre_BF[:, chosen], above_F[chosen]
-    places_P = np.flatnonzero((pre_BF > above_F).numpy())
-    values_P = pre_BF.numpy().reshape(-1)[places_P]
+    places_P = torch.from_numpy(np.flatnonzero((pre_BF > above_F).numpy()))  # half of what nonzero takes
     width = pre_BF.shape[1]
-    offsets = np.searchsorted(places_P, np.arange(len(pre_BF) + 1) * width)
-    if selection.top_k is not None and np.diff(offsets).max() > selection.top_k:
-        kept_P = _largest(offsets, values_P, selection.top_k)
-        places_P, values_P = places_P[kept_P], values_P[kept_P]
-        offsets = np.searchsorted(places_P, np.arange(len(pre_BF) + 1) * width)
+    rows_P, latents_P, values_P = places_P // width, places_P % width, pre_BF.reshape(-1)[places_P]
+    if selection.top_k is not None:
+        kept_P = _largest(rows_P, values_P, len(pre_BF), selection.top_k)
+        rows_P, latents_P, values_P = rows_P[kept_P], latents_P[kept_P], values_P[kept_P]
     if len(values_P) > selection.limit:
         return _too_many(selection.limit)
-    latents_P = places_P % width
     if selection.only:
-        latents_P = chosen.numpy()[latents_P]
-    return Features(offsets, latents_P.astype(np.int32), values_P)
+        latents_P = chosen[latents_P]
+    return Features(starts(rows_P, len(pre_BF) + 1).numpy(), latents_P.int().numpy(), values_P.numpy())
 
 
-def _largest(offsets: np.ndarray, values_P: np.ndarray, count: int) -> np.ndarray:
+def _largest(rows_P: Tensor, values_P: Tensor, n_rows: int, count: int) -> Tensor:
     """Which pairs are among the `count` largest of their row. [P]"""
-    counts_B = np.diff(offsets)
-    rows_P = torch.from_numpy(np.repeat(np.arange(len(counts_B)), counts_B))
-    places_P = torch.from_numpy(np.arange(len(values_P)) - np.repeat(offsets[:-1], counts_B))
-    values_BX = torch.zeros(len(counts_B), int(counts_B.max()))  # all that are there are positive
-    values_BX[rows_P, places_P] = torch.from_numpy(values_P)
+    offsets = starts(rows_P, n_rows + 1)
+    most = int(offsets.diff().max())
+    if most <= count:
+        return torch.ones_like(rows_P, dtype=torch.bool)
+    places_P = torch.arange(len(rows_P)) - offsets[rows_P]
+    values_BX = torch.zeros(n_rows, most).index_put((rows_P, places_P), values_P)  # all that are there are positive
     largest = values_BX.topk(count, dim=1, sorted=False).indices
-    return torch.zeros_like(values_BX, dtype=torch.bool).scatter_(1, largest, True)[rows_P, places_P].numpy()
+    return torch.zeros(n_rows, most, dtype=torch.bool).scatter_(1, largest, True)[rows_P, places_P]
 
 
 def _too_many(limit: int) -> Problem:

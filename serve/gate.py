@@ -1,7 +1,8 @@
 """The gate before every route: who calls, how fast, whether there is room, how large the body is.
 
 It is fail-closed: what is not in `OPEN` needs a token, whether there is such a route or not, and what is not in
-`SCOPES` needs "read". Nothing of a body is read before the token is known and there is room.
+`SCOPES` needs "read". Nothing of a body is read before the token is known and there is room; after a
+refusal it is read to be thrown away.
 """
 
 import asyncio
@@ -58,6 +59,7 @@ class Gate:
             await exchange.refuse(problems.unexpected())
         finally:
             self.metrics.answered(exchange.route(), exchange.status, time.perf_counter() - exchange.started)
+        await exchange.end()
 
     async def _pass(self, exchange: "Exchange") -> None:
         if exchange.path in OPEN:
@@ -104,7 +106,7 @@ class Exchange:
 
     def __init__(self, scope: Scopes, receive: bodies.Receive, send: Send):
         self.scope, self._receive, self._send = scope, receive, send
-        self.more = True
+        self.more, self.refusal = True, False
         self.id = secrets.token_hex(8)
         self.path = scope["path"].removeprefix(scope.get("root_path", ""))  # as the router sees it
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -133,19 +135,20 @@ class Exchange:
         encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await self.send({"type": "http.response.start", "status": problem.status, "headers": encoded})
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
-        if bodies.CLOSE.items() <= headers.items():
-            await self._read_on()
-        await self._send({"type": "http.response.body", "body": b""})
+        self.refusal = True
 
-    async def _read_on(self) -> None:
-        """What is left of the body: a connection closed on bytes that nobody read is reset, and the caller, who may
-        still be sending, loses the answer."""
+    async def end(self) -> None:
+        """After a refusal reads what is left of the body: a connection closed on bytes that nobody read is reset, and
+        the caller, who may still be sending, loses the answer."""
+        if not self.refusal:
+            return
         left = LINGER_BYTES
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
                 while self.more and left > 0:
                     async with asyncio.timeout(LINGER_PAUSE_SECONDS):
                         left -= len((await self.receive()).get("body", b""))
+        await self._send({"type": "http.response.body", "body": b""})
 
     def drop_encoding(self) -> None:
         """The application gets the body decompressed."""

@@ -47,7 +47,7 @@ class Kernels(ABC):
         pre-activations are left in `pre_BF`, if given.
         """
 
-    def largest_of_rows(self, x_BD: Tensor, encoder: Encoder, count: int) -> Tensor:
+    def dense_topk(self, x_BD: Tensor, encoder: Encoder, count: int) -> Tensor:
         """The `count` largest positive pre-activations of each row in their places, of equal ones any, and 0 in the
         others; in the products' type. For counts so large that pairs would not pay. [B, F]"""
         pairs = self.select_topk(x_BD, encoder, count, "row")

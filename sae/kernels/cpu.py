@@ -37,8 +37,8 @@ class Cpu(Kernels):
             return search.largest_of_rows(x_BD, encoder, min(count, encoder.width), pre_BF)
         return self.search.largest_of_batch(x_BD, encoder, count, pre_BF)
 
-    def largest_of_rows(self, x_BD: Tensor, encoder: Encoder, count: int) -> Tensor:
-        return search.dense_largest_of_rows(x_BD, encoder, count)
+    def dense_topk(self, x_BD: Tensor, encoder: Encoder, count: int) -> Tensor:
+        return search.dense_topk(x_BD, encoder, count)
 
     def gate(self, grad_BF: Tensor, f_BF: Tensor) -> Tensor:
         n_rows, width = grad_BF.shape

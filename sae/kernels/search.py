@@ -99,13 +99,13 @@ def largest_of_rows(x_BD: Tensor, encoder: Encoder, count: int, pre_BF: Tensor |
     return Pairs(there.nonzero()[:, 0], latents[there], values[there], values[there])
 
 
-def dense_largest_of_rows(x_BD: Tensor, encoder: Encoder, count: int) -> Tensor:
-    """`Kernels.largest_of_rows`. [B, F]"""
+def dense_topk(x_BD: Tensor, encoder: Encoder, count: int) -> Tensor:
+    """`Kernels.dense_topk`. [B, F]"""
     f_BF = x_BD.new_empty(len(x_BD), encoder.width, dtype=encoder.weights[0].dtype)
     for first, part_BC in _parts(x_BD, encoder, None):
         f_BF[:, first : first + part_BC.shape[1]] = part_BC
     keys = torch.empty(0, dtype=KEYS[encoder.bias_F.dtype])
-    spread(loops.keep_largest_of, len(f_BF), f_BF, encoder.bias_F, keys, count, f_BF.dtype != encoder.bias_F.dtype)
+    spread(loops.leave_largest, len(f_BF), f_BF, encoder.bias_F, keys, count, f_BF.dtype != encoder.bias_F.dtype)
     return f_BF
 
 

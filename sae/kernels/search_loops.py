@@ -43,7 +43,7 @@ def cut_of(keys, rank):
 
 
 @compiled
-def keep_largest_of(pre, bias, keys, count, is_narrow, first, last):
+def leave_largest(pre, bias, keys, count, is_narrow, first, last):
     """Adds the bias and leaves of each row the `count` largest that are positive, of those equal to the smallest the
     first, with 0 in the places of the others. keys: an empty array of the type of theirs. pre [B, F], in bfloat16 if
     `is_narrow`, bias [F]"""

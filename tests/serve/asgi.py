@@ -70,10 +70,13 @@ def call(
     return asyncio.run(exchange(app, scope(method, target, headers or {}, **more), parts(*bodies)))
 
 
-def answer_after_all(port: int, headers: dict[str, str], size: int, target: str = "/x") -> Answer:
+def answer_after_all(
+    port: int, headers: dict[str, str], size: int, target: str = "/x", *, chunked: bool = False
+) -> Answer:
     """To a caller that sends the whole body, so many bytes, before it reads; an error if it cannot."""
+    body = iter([bytes(2**16)] * (size // 2**16) + [b"x"]) if chunked else bytes(size)
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
-        connection.request("POST", target, bytes(size), headers)
+        connection.request("POST", target, body, headers)
         response = connection.getresponse()
         return Answer(response.status, dict(response.headers), response.read())
 

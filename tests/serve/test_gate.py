@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import logging
+import re
 import time
 import tracemalloc
 
@@ -193,10 +194,13 @@ def test_refusal__reads_on_for_a_moment_and_so_many_bytes(monkeypatch: pytest.Mo
             await asyncio.sleep(3600)
         return {"type": "http.request", "body": unread.pop(), "more_body": True}
 
+    closed = gate()
     for left in (6, 2, 0, 0):
-        assert asyncio.run(exchange(gate(), scope("POST", "/x", {}), receive)).status == 401
+        assert asyncio.run(exchange(closed, scope("POST", "/x", {}), receive)).status == 401
         assert len(unread) == left
     assert 0.1 < time.monotonic() - started < 1
+    (seconds,) = re.findall(r"seconds_sum\S* (\S+)", closed.metrics.text().decode())
+    assert float(seconds) < 0.1  # until the answer, not until the end of what is read on
 
 
 def test_error_of_ours__tells_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -234,11 +234,12 @@ def test_haproxy__listens_for_the_routes_alone_and_does_not_splice(live: Endpoin
     assert "-dS" in haproxy.cmdline()
 
 
-def test_a_body_over_the_limit__comes_in_slowly_and_is_told_so(live: Endpoint) -> None:
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_over_the_limit__comes_in_slowly_and_is_told_so(live: Endpoint, chunked: bool) -> None:
     """Reading it takes cores from other callers, and not reading it the answer from its sender."""
     size, headers = Limits().body_bytes + 1, {"authorization": f"Bearer {live.token}"}
     started = time.monotonic()
-    answer = answer_after_all(live.port, headers, size, "/v1/dictionaries/suite.sae/encode")
+    answer = answer_after_all(live.port, headers, size, "/v1/dictionaries/suite.sae/encode", chunked=chunked)
     assert (answer.status, answer.json()["status"]) == (413, 413)
     assert time.monotonic() - started > 1.5  # at 8 MiB a second
 

@@ -4,7 +4,6 @@ python demo.py '{"rows": 2048}': the start of its processes, and from then on wa
 """
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -33,7 +32,7 @@ def main(rows: int) -> dict[str, float]:
     last = max(event.at for event in events if event.what == "fit")
     cpu = sum(measured.watch.cpu_between(first, last).values())
     parts = {what: sum(event.cpu for event in events if event.what == what) for what in ("harvest", "fit")}
-    return {"start": first - measured.began, "wall": last - first, "cpu": cpu, "cores": os.cpu_count() or 1} | parts
+    return {"start": first - measured.began, "wall": last - first, "cpu": cpu} | parts
 
 
 if __name__ == "__main__":

@@ -58,13 +58,13 @@ def test_select__of_rows_batch_and_thresholds(n_rows: int, columns: int, width: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("n_rows", "columns", "width"), SHAPES)
-def test_largest_of_rows__and_their_gradients(n_rows: int, columns: int, width: int, dtype: torch.dtype) -> None:
+def test_dense_topk__and_their_gradients(n_rows: int, columns: int, width: int, dtype: torch.dtype) -> None:
     sums = torch.promote_types(dtype, torch.float32)
     case = make_case(n_rows, columns, width, dtype=sums)
     encoder = case.encoder._replace(weights=[w_FD.to(dtype) for w_FD in case.encoder.weights])
     for k in {1, min(3, width), width // 2 or 1, width}:
-        found_BF = CPU.largest_of_rows(case.x_BD.to(dtype), encoder, k)
-        expected_BF = REFERENCE.largest_of_rows(case.x_BD.to(dtype), encoder, k)
+        found_BF = CPU.dense_topk(case.x_BD.to(dtype), encoder, k)
+        expected_BF = REFERENCE.dense_topk(case.x_BD.to(dtype), encoder, k)
         assert found_BF.dtype == dtype
         assert ((found_BF > 0).sum(1) <= k).all()
         if dtype != torch.bfloat16:  # where a product may round to either side of 0
