@@ -4,19 +4,23 @@ Rows of all requests are encoded together, a tile at a time; a row's bits do not
 B rows, F latents, P active pairs; features are sparse, by row.
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sae.dictionary import Dictionary
-from sae.pairs import starts
+from sae.kernels.found import above
 from serve.problems import Problem
 
 Operation = Literal["encode", "decode", "reconstruct", "describe"]
 TILE = 2**22  # latents of rows that are dense in memory at once; 16 MiB
+# What another process sent is read-only, and nothing here writes to it.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 class Features(NamedTuple):
@@ -134,7 +138,7 @@ def _dense(dictionary: Dictionary, work: Work) -> Iterator[tuple[slice, Tensor]]
         pairs = slice(offsets[first], offsets[last])
         rows = np.repeat(np.arange(last - first), np.diff(offsets[first : last + 1]))
         f_BF = torch.zeros(last - first, dictionary.shape.width)
-        f_BF[torch.from_numpy(rows), _tensor(indices[pairs]).long()] = _tensor(values[pairs])
+        f_BF[torch.from_numpy(rows), torch.from_numpy(indices[pairs]).long()] = torch.from_numpy(values[pairs])
         yield slice(first, last), f_BF
 
 
@@ -170,29 +174,26 @@ def select(dictionary: Dictionary, pre_BF: Tensor, selection: Selection) -> Feat
     if selection.only:
         chosen = torch.tensor(selection.only)
         pre_BF, above_F = pre_BF[:, chosen], above_F[chosen]
-    places_P = torch.from_numpy(np.flatnonzero((pre_BF > above_F).numpy()))  # half of what nonzero takes
-    width = pre_BF.shape[1]
-    rows_P, latents_P, values_P = places_P // width, places_P % width, pre_BF.reshape(-1)[places_P]
-    if selection.top_k is not None:
-        kept_P = _largest(rows_P, values_P, len(pre_BF), selection.top_k)
-        rows_P, latents_P, values_P = rows_P[kept_P], latents_P[kept_P], values_P[kept_P]
+    offsets, latents_P, values_P = above(pre_BF, above_F)
+    if selection.top_k is not None and int(offsets.diff().max()) > selection.top_k:
+        offsets, latents_P, values_P = _largest(offsets, latents_P, values_P, selection.top_k)
     if len(values_P) > selection.limit:
         return _too_many(selection.limit)
     if selection.only:
-        latents_P = chosen[latents_P]
-    return Features(starts(rows_P, len(pre_BF) + 1).numpy(), latents_P.int().numpy(), values_P.numpy())
+        latents_P = chosen[latents_P].int()
+    return Features(offsets.numpy(), latents_P.numpy(), values_P.numpy())
 
 
-def _largest(rows_P: Tensor, values_P: Tensor, n_rows: int, count: int) -> Tensor:
-    """Which pairs are among the `count` largest of their row. [P]"""
-    offsets = starts(rows_P, n_rows + 1)
-    most = int(offsets.diff().max())
-    if most <= count:
-        return torch.ones_like(rows_P, dtype=torch.bool)
+def _largest(offsets: Tensor, latents_P: Tensor, values_P: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs that are among the `count` largest of their row."""
+    counts_B = offsets.diff()
+    rows_P = torch.arange(len(counts_B)).repeat_interleave(counts_B)
     places_P = torch.arange(len(rows_P)) - offsets[rows_P]
-    values_BX = torch.zeros(n_rows, most).index_put((rows_P, places_P), values_P)  # all that are there are positive
+    values_BX = torch.zeros(len(counts_B), int(counts_B.max())).index_put((rows_P, places_P), values_P)  # all positive
     largest = values_BX.topk(count, dim=1, sorted=False).indices
-    return torch.zeros(n_rows, most, dtype=torch.bool).scatter_(1, largest, True)[rows_P, places_P]
+    kept_P = torch.zeros_like(values_BX, dtype=torch.bool).scatter_(1, largest, True)[rows_P, places_P]
+    kept = functional.pad(counts_B.clamp_max(count).cumsum(0), (1, 0))
+    return kept, latents_P[kept_P], values_P[kept_P]
 
 
 def _too_many(limit: int) -> Problem:
@@ -220,9 +221,4 @@ def _joined(parts: list[Answer], limit: int) -> Answer:
 
 def _rows(x: np.ndarray | None) -> Tensor:
     assert x is not None
-    return _tensor(x)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    """Arrays that another process sent are read-only, and nothing here writes to them."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    return torch.from_numpy(x)

@@ -5,7 +5,6 @@ serve.deploy:build is the import path of `serve/config.yaml`; its args are `Sett
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ import torch
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from sae.sites import Site
@@ -34,7 +33,6 @@ INGRESS, DICTIONARIES, MODEL = "Ingress", "Dictionaries", "Model"
 ATTEMPTS = 3
 READY_SECONDS = 2.0
 QUIET = {"enable_access_log": False}  # /metrics counts requests; a line for each took a tenth of the ingress' time
-HOT = 2  # requests with one dictionary, beyond which others go to whoever has least to do, and then has it too
 NEAR_MEMORY = 2**29  # bytes of dictionaries that the ingress itself holds
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 T = TypeVar("T")
@@ -47,19 +45,11 @@ class Replicas:
         app_name = ray_serve.get_replica_context().app_name
         self.handle = ray_serve.get_deployment_handle(DICTIONARIES, app_name=app_name)
         self.catalog, self.near_bytes, self.near = catalog, near_bytes, Local(catalog, NEAR_MEMORY)
-        self.asked: Counter[str] = Counter()  # and not answered yet, by digest
 
     async def run(self, digest: str, work: Work) -> Answer:
         if work.n_rows * self.catalog.find(digest).bytes <= self.near_bytes:
             return await self.near.run(digest, work)
-        # By its id a request goes to who has the dictionary already, however long the queue there is.
-        holder = self.handle.options(multiplexed_model_id=digest)
-        handle = holder if self.asked[digest] < HOT else self.handle
-        self.asked[digest] += 1
-        try:
-            return await _somewhere(lambda: handle.run.remote(digest, work))
-        finally:
-            self.asked[digest] -= 1
+        return await _somewhere(lambda: self.handle.run.remote(digest, work))
 
     async def ready(self) -> bool:
         try:
@@ -124,10 +114,11 @@ def build(args: Settings) -> ray_serve.Application:
     replicas: Any = ray_serve.deployment(
         name=DICTIONARIES,
         num_replicas=args.replicas,
-        max_ongoing_requests=max(args.batch_rows, 2 * room),  # Ray wants it to be no less than a batch
+        max_ongoing_requests=64 * room,
         ray_actor_options={"num_cpus": 1},
         logging_config=QUIET,
         health_check_period_s=2,
+        request_router_config=RequestRouterConfig(request_router_class="serve.router.LeastBusy"),  # type: ignore[arg-type]
     )(Dictionaries)
     if args.model is None:
         return ingress.bind(replicas.bind(args))

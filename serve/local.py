@@ -1,8 +1,11 @@
 """Computes in this process: what a replica does, and what an application without Ray runs on."""
 
+import torch
+
 from sae import artifact
 from sae.artifact import ArtifactError
 from sae.dictionary import Dictionary
+from sae.kernels.found import above
 from serve.catalog import Catalog
 from serve.compute import Answer, Work, compute
 from serve.problems import Problem
@@ -16,6 +19,7 @@ class Local:
 
     def __init__(self, catalog: Catalog, capacity_bytes: int, *, packed: bool = True):
         self.catalog, self.shelf, self.packed = catalog, Shelf(capacity_bytes, self._load), packed
+        above(torch.zeros(1, 1), torch.zeros(1))  # compiled now, not while somebody waits
 
     async def run(self, digest: str, work: Work) -> Answer:
         """In the caller's loop: for what takes less time than a thread's start and end."""

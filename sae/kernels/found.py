@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sae.kernels import search_loops as loops
-from sae.kernels.threads import SCRATCH, spread
+from sae.kernels.threads import SCRATCH, array, spread
 from sae.pairs import Pairs
 
 KEYS = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
@@ -93,6 +93,15 @@ class Found:
         n_threads = len(self.ends_T)
         latents = SCRATCH.get("latents found", n_threads, room, torch.int32)
         return latents, SCRATCH.get("values found", n_threads, room, self.dtype)
+
+
+def above(pre_BF: Tensor, threshold_F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries above their latent's threshold, by row: where each row's start, [B + 1], latents and values. int64,
+    int32 and of the entries' type"""
+    starts = torch.zeros(len(pre_BF) + 1, dtype=torch.int64)
+    latents, values = torch.empty(pre_BF.numel(), dtype=torch.int32), torch.empty_like(pre_BF).flatten()
+    loops.append_rows(*map(array, (pre_BF, threshold_F, starts, latents, values)))
+    return starts, latents[: starts[-1]], values[: starts[-1]]
 
 
 def _keys(values: Tensor) -> Tensor:

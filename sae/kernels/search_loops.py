@@ -133,6 +133,18 @@ def append_from(pre, bias, top, floor, keys, shift, column, done, used, starts, 
 
 
 @compiled
+def append_rows(pre, threshold, starts, latents, values):
+    """Writes all rows' entries above their column's threshold, one after another, and where each row's start. pre [B,
+    F], threshold [F], starts [B + 1], latents, values [B · F]"""
+    marks, no_bias, least = new_marks(pre.shape[1]), np.zeros_like(threshold), threshold.dtype.type(-np.inf)
+    for row in range(pre.shape[0]):
+        entries = pre[row]
+        for n in range(entries.shape[0]):
+            marks[n] = entries[n] > threshold[n]
+        starts[row + 1] = append_marked(marks, entries, no_bias, least, 0, latents, values, starts[row])
+
+
+@compiled
 def new_marks(width):
     """One for each entry, and as many more as fill a word."""
     return np.zeros((width + WORD - 1) // WORD * WORD, np.uint8)

@@ -6,6 +6,7 @@ import torch
 from sae.kernels import TooDense, search
 from sae.kernels.cpu import Cpu
 from sae.kernels.entries import Entries, Matrix
+from sae.kernels.found import above
 from sae.kernels.rates import adam_rates
 from sae.kernels.reference import Reference
 from sae.pairs import Pairs
@@ -267,3 +268,16 @@ def test_centre__takes_rows_and_their_variance() -> None:
         found.append([centred_BD, rest_BD, variance])
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n_rows", "width"), [(1, 1), (3, 7), (20, 64), (5, 1001)])
+@pytest.mark.parametrize("level", [-10.0, 0.0, 1.5, 10.0])
+def test_above__finds_what_a_comparison_does(n_rows: int, width: int, level: float) -> None:
+    pre_BF, threshold_F = torch.randn(n_rows, width), torch.full((width,), level) + torch.rand(width)
+    pre_BF[0, 0], pre_BF[-1, -1] = threshold_F[0], torch.nan  # no more than it, and no number
+    mask_BF = pre_BF > threshold_F
+    starts, latents_P, values_P = above(pre_BF, threshold_F)
+    assert starts.tolist() == [0, *mask_BF.sum(1).cumsum(0).tolist()]
+    assert latents_P.dtype == torch.int32
+    torch.testing.assert_close(latents_P.long(), mask_BF.nonzero()[:, 1])
+    assert torch.equal(values_P, pre_BF[mask_BF])
