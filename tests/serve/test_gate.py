@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from serve import tokens
+from serve import bodies, tokens
 from serve.gate import Gate
 from serve.limits import Limits
 from serve.metrics import Metrics
@@ -37,8 +37,8 @@ def gate(callers: list[Caller] | None = CALLERS, limits: Limits = LIMITS, app=ec
     return Gate(app, None if callers is None else Tokens(callers), limits, Metrics())
 
 
-def post(bodies=(b"",), headers: dict | None = None, path: str = "/x") -> Answer:
-    return call(gate(), "POST", path, BEARER | (headers or {}), bodies)
+def post(content=(b"",), headers: dict | None = None, path: str = "/x") -> Answer:
+    return call(gate(), "POST", path, BEARER | (headers or {}), content)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,15 @@ def test_body__at_the_limit_passes_and_a_byte_more_does_not() -> None:
 def test_length__that_lies_is_refused(length: str) -> None:
     headers = {"content-length": length.encode().decode("latin-1")}
     assert post([b"x" * 500], headers).status == 400
+
+
+@pytest.mark.parametrize("size", [1, 5, 997])
+def test_gzip__is_opened_by_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "PIECE", 7)
+    content = b"ab" * 200 + bytes(range(256)) * 2
+    packed = gzip.compress(content)
+    parts = [packed[first : first + size] for first in range(0, len(packed), size)]
+    assert post(parts, {"content-encoding": "gzip", "content-length": str(len(packed))}).body == content
 
 
 def test_gzip__is_counted_after_it_is_opened() -> None:
