@@ -14,11 +14,11 @@ def main() -> int:
     parser.add_argument("--plan", action="store_true", help="print who would hold what and the memory, start nothing")
     arguments = parser.parse_args()
 
-    from cluster import recipe, session
+    from cluster import recipe_file, session
     from cluster.errors import UserError
 
     try:
-        loaded = recipe.load(arguments.recipe)
+        loaded = recipe_file.load(arguments.recipe)
         session.set_environment()
         from cluster import sweep  # imports Ray, torch and transformers: seconds that a wrong recipe need not wait
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from boto3.s3.transfer import TransferConfig
 
-from cluster import cache, gemma, harvest, recipe, store, tensors
+from cluster import cache, gemma, harvest, recipe, recipe_file, store, tensors
 from cluster.cache import Cache, Shard
 from cluster.calibrate import measure
 from cluster.errors import UserError
@@ -58,7 +58,9 @@ def parsed(tiny_recipe: dict, model_folder: Path, place: str):
         settings = {"sequences": 8, "outlier_norm": 1.1, "cache": place} | (harvest or {})
         model = {"name": str(model_folder), "dtype": "bfloat16"}
         content = {"model": model, "corpus": text, "sweep": grids, "harvest": settings}
-        return recipe.parse(tiny_recipe | {"stream": {"window_sequences": 16, "batch_rows": 64}} | content | changes)
+        return recipe_file.parse(
+            tiny_recipe | {"stream": {"window_sequences": 16, "batch_rows": 64}} | content | changes
+        )
 
     return parse
 
@@ -228,7 +230,7 @@ def test_check__a_cache_of_something_else_is_refused_before_anything_is_spent(
     content = parsed().model_dump(mode="json")
     for field, value in changes.items():
         content[field] = content[field] | value if isinstance(value, dict) else value
-    other = recipe.parse(content | {"fit": {"workers": 1}})
+    other = recipe_file.parse(content | {"fit": {"workers": 1}})
     with pytest.raises(UserError, match=f"harvest.cache: .*{part}.*: name another folder or prefix"):
         cache.check(other, {site.key: 32 for site in sites_of(other)})
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cluster import chat, corpus, evaluate, gemma, publish, recipe, rollouts
+from cluster import chat, corpus, evaluate, gemma, publish, recipe, recipe_file, rollouts
 from cluster.calibrate import measure
 from cluster.chat import Message, Template, Unsound
 from cluster.errors import UserError
@@ -123,7 +123,9 @@ def chat_recipe(tiny_recipe: dict, chat_gemma: Path):
     def parsed(path: Path, more: dict | None = None, **changes) -> recipe.Recipe:
         text = {"kind": "chat", "paths": [str(path)], "context": CONTEXT, "train_tokens": 40 * CONTEXT,
                 "heldout_tokens": 6 * CONTEXT}  # fmt: skip
-        return recipe.parse(tiny_recipe | {"model": {"name": str(chat_gemma)}, "corpus": text | changes} | (more or {}))
+        return recipe_file.parse(
+            tiny_recipe | {"model": {"name": str(chat_gemma)}, "corpus": text | changes} | (more or {})
+        )
 
     return parsed
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from cluster import corpus, recipe, sources
+from cluster import corpus, recipe, recipe_file, sources
 from cluster.corpus import Packer
 from cluster.errors import UserError
 from sae import artifact
@@ -46,7 +46,7 @@ def test_packer__equals_the_rule_token_by_token_however_documents_arrive(chunk: 
 
 
 def parsed(tiny_recipe: dict, paths: list[str], **changes) -> recipe.Recipe:
-    return recipe.parse(tiny_recipe | {"corpus": tiny_recipe["corpus"] | {"paths": paths} | changes})
+    return recipe_file.parse(tiny_recipe | {"corpus": tiny_recipe["corpus"] | {"paths": paths} | changes})
 
 
 def built(tiny_recipe: dict, paths: list[str], folder: Path, **changes) -> dict[str, np.ndarray]:
@@ -114,7 +114,7 @@ def test_build__jsonl_from_s3_by_glob(s3, ray_session, tiny_recipe, documents, e
 
 def test_load__reads_a_recipe_on_s3(s3, tiny_recipe) -> None:
     s3.put_object(Bucket="texts", Key="recipes/mine.yaml", Body=yaml.safe_dump(tiny_recipe).encode())
-    assert recipe.load("s3://texts/recipes/mine.yaml") == recipe.parse(tiny_recipe)
+    assert recipe_file.load("s3://texts/recipes/mine.yaml") == recipe_file.parse(tiny_recipe)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_load__tells_of_a_recipe_on_s3_that_cannot_be_read(s3, key: str, body: b
     if body:
         s3.put_object(Bucket="texts", Key=key, Body=body)
     with pytest.raises(UserError, match=part) as error:
-        recipe.load(f"s3://texts/{key}")
+        recipe_file.load(f"s3://texts/{key}")
     assert error.value.field == "recipe"
 
 

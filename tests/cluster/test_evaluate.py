@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import evaluate, gemma, publish, recipe
+from cluster import evaluate, gemma, publish, recipe_file
 from cluster.calibrate import measure
 from sae import artifact, hooks
 from sae.sites import Site
@@ -27,7 +27,7 @@ def parts(tiny_recipe: dict, tmp_path: Path):
     """A recipe with a dictionary of each kind, their artifacts, the scales and held-out tokens of 20 sequences."""
     corpus = tiny_recipe["corpus"] | {"heldout_tokens": 20 * 32}
     grids = [{"widths": [64], "l0s": [8]} | grid for grid in GRIDS]
-    parsed = recipe.parse(
+    parsed = recipe_file.parse(
         tiny_recipe | {"sweep": grids, "corpus": corpus, "harvest": {"sequences": 8, "outlier_norm": 1.1}}
     )
     g = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from cluster import gang, gemma, memory, packages, planner, recipe
+from cluster import gang, gemma, memory, packages, planner, recipe_file
 from cluster.errors import UserError
 from cluster.gang import TOLERANCE, Gang, GangFailed, RankLost, Whole
 from cluster.gemma import count
@@ -31,7 +31,7 @@ def recipe_of(name: Path | str, harvest: dict, dtype: str = "float32") -> Recipe
     grid = {"layers": [0, 2], "activations": ["topk"], "widths": [64], "l0s": [8]}
     corpus = {"paths": ["text.jsonl"], "context": 20, "train_tokens": 200, "heldout_tokens": 200}
     model = {"name": str(name), "dtype": dtype}
-    return recipe.parse(
+    return recipe_file.parse(
         {"name": "gang", "output": "run", "model": model, "corpus": corpus, "harvest": harvest, "sweep": [grid]}
     )
 
@@ -133,8 +133,8 @@ def test_ranks__die_with_the_process_that_started_them(grouped_gemma, tmp_path: 
     """Even a rank that is stopped, and a leader that is killed and can tell nobody."""
     (tmp_path / "recipe.yaml").write_text(recipe_of(grouped_gemma, TENSOR_PARALLEL).to_yaml())
     body = (
-        "import threading, time, torch; from cluster import gang, recipe; from sae.sites import Site\n"
-        f"gang = gang.Gang(recipe.load({str(tmp_path / 'recipe.yaml')!r}), [Site(0, 'resid_post')])\n"
+        "import threading, time, torch; from cluster import gang, recipe_file; from sae.sites import Site\n"
+        f"gang = gang.Gang(recipe_file.load({str(tmp_path / 'recipe.yaml')!r}), [Site(0, 'resid_post')])\n"
         # From a thread that ends: the ranks must not end with it.
         "starter = threading.Thread(target=gang.capture, args=[torch.zeros(1, 4, dtype=torch.long)])\n"
         "starter.start(); starter.join(); time.sleep(1)\n"

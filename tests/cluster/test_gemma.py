@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Gemma3TextModel
 
-from cluster import gemma, memory, planner, recipe
+from cluster import gemma, memory, planner, recipe_file
 from cluster.errors import UserError
 from cluster.harvest import Harvester
 from cluster.recipe import Model
@@ -135,7 +135,7 @@ def test_load_trunk__gives_the_same_bits_for_equal_text_weights(multimodal_gemma
 
 def test_harvester__holds_no_parameter_beyond_the_last_site(tiny_recipe: dict, tmp_path: Path) -> None:
     tiny_recipe["sweep"] = [{"layers": [0, 2], "activations": ["topk"], "widths": [64], "l0s": [8]}]
-    parsed = recipe.parse(tiny_recipe)
+    parsed = recipe_file.parse(tiny_recipe)
     config = gemma.text_config(parsed.model)
     np.save(tmp_path / "tokens.npy", TOKENS.int().numpy())
     planned = planner.lay_out(parsed, config)
@@ -146,7 +146,7 @@ def test_harvester__holds_no_parameter_beyond_the_last_site(tiny_recipe: dict, t
     assert counted == gemma.trunk_parameters(config, planned.sites) < gemma.parameters(config)
     # The planner counts these bytes, and no others of the model.
     deeper = planner.lay_out(
-        recipe.parse(tiny_recipe | {"sweep": [tiny_recipe["sweep"][0] | {"layers": [0, 3]}]}), config
+        recipe_file.parse(tiny_recipe | {"sweep": [tiny_recipe["sweep"][0] | {"layers": [0, 3]}]}), config
     )
     beyond = sum(parameter.numel() for name, parameter in whole.items() if name.startswith("layers.3."))
     sizes = [memory.memory(parsed, it, config).harvest for it in (planned, deeper)]

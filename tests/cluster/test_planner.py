@@ -10,7 +10,8 @@ from cluster.errors import UserError
 from cluster.layout import Layout, Place
 from cluster.memory import GIB, memory, wire, workers_bytes
 from cluster.planner import lay_out, table
-from cluster.recipe import Recipe, parse
+from cluster.recipe import Recipe
+from cluster.recipe_file import parse
 from sae.shape import Shape
 
 

@@ -10,7 +10,7 @@ from cluster import gemma
 from cluster.errors import UserError
 from cluster.memory import memory
 from cluster.planner import lay_out, table
-from cluster.recipe import load, parse
+from cluster.recipe_file import load, parse
 from cluster.run_folder import results_of
 from jobs import sweep as job
 from sae.presets import GEMMA_SCOPE_2

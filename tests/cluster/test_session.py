@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster import recipe, session
+from cluster import recipe_file, session
 
 HARVEST = {"Alive": True, "Labels": {"ray-subcluster": "harvest", "zone": "a"}}
 FIT = {"Alive": True, "Labels": {"ray-subcluster": "fit"}}
@@ -20,6 +20,6 @@ FIT = {"Alive": True, "Labels": {"ray-subcluster": "fit"}}
 def test_note__names_the_labels_that_no_node_has(nodes: list[dict], missing: list[str], tiny_recipe, capfd) -> None:
     for stage in ("harvest", "fit"):
         tiny_recipe[stage]["label_selector"] = {"ray-subcluster": stage}
-    session._note_what_is_missing(recipe.parse(tiny_recipe), {"CPU": 99}, nodes)
+    session._note_what_is_missing(recipe_file.parse(tiny_recipe), {"CPU": 99}, nodes)
     told = capfd.readouterr().out
     assert [stage for stage in ("harvest", "fit") if f"{stage}.label_selector" in told] == missing

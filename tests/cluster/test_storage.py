@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import owner, recipe, storage
+from cluster import owner, recipe_file, storage
 from cluster.console import say
 from cluster.errors import UserError
 from cluster.recipe import Recipe
@@ -33,7 +33,7 @@ def url(s3) -> str:
 
 @pytest.fixture
 def parsed(tiny_recipe: dict, url: str) -> Recipe:
-    return recipe.parse(tiny_recipe | {"storage": url})
+    return recipe_file.parse(tiny_recipe | {"storage": url})
 
 
 # ---- before anything is spent
@@ -45,7 +45,7 @@ def parsed(tiny_recipe: dict, url: str) -> Recipe:
 )
 def test_a_storage_that_is_no_prefix_of_a_bucket__is_refused_and_not_repeated(tiny_recipe: dict, value: str) -> None:
     with pytest.raises(UserError, match=r"^storage: is not s3://bucket/prefix: .*AWS_") as error:
-        recipe.parse(tiny_recipe | {"storage": value})
+        recipe_file.parse(tiny_recipe | {"storage": value})
     assert SECRET not in str(error.value)
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 
-from cluster import recipe
+from cluster import recipe_file
 from cluster.exchange import exchange
 from cluster.harvest import BLOCK, BLOCK_ROWS, ROW, encode_bf16
 from cluster.layout import Layout
@@ -183,7 +183,7 @@ def test_batches__are_as_mixed_as_their_window_allows(windows: int) -> None:
 
 def test_default_window__mixes_the_demos_text_half_as_well_as_a_full_shuffle() -> None:
     demo = yaml.safe_load(Path("jobs/recipes/demo.yaml").read_text())
-    alone, shuffled = mixing(Order.of(recipe.parse(demo | {"stream": {"batch_rows": 512}})))
+    alone, shuffled = mixing(Order.of(recipe_file.parse(demo | {"stream": {"batch_rows": 512}})))
     assert alone / shuffled == pytest.approx(2, rel=0.02)
 
 
@@ -191,7 +191,7 @@ def test_default_window__is_bounded_in_rows_and_holds_whole_blocks() -> None:
     demo = yaml.safe_load(Path("jobs/recipes/demo.yaml").read_text()) | {"stream": {}}
     windows = {}
     for tokens in (256, 150_000, 100_000_000):
-        parsed = recipe.parse(demo | {"corpus": demo["corpus"] | {"train_tokens": tokens}})
+        parsed = recipe_file.parse(demo | {"corpus": demo["corpus"] | {"train_tokens": tokens}})
         windows[tokens] = parsed.window_sequences
         assert parsed.window_sequences % parsed.harvest.sequences == 0
     assert windows == {256: 8, 150_000: 296, 100_000_000: 2**17 // 256}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster import suite
-from cluster.recipe import load
+from cluster.recipe_file import load
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "jobs" / "recipes"
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from cluster import recipe
+from cluster import recipe_file
 from tests.k8s import operator_rules, reference_rules, schemas, security_rules
 from tests.k8s.manifests import KUSTOMIZATIONS, ROOT, Document, load, name_of
 
@@ -34,7 +34,7 @@ def test_manifests__keep(rules: str, kustomization: str) -> None:
 
 @pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
 def test_recipe__parses_and_has_room(kustomization: str) -> None:
-    loaded = recipe.load(str(ROOT / RECIPES[kustomization]))
+    loaded = recipe_file.load(str(ROOT / RECIPES[kustomization]))
     assert list(reference_rules.room(loaded, load(kustomization))) == []
 
 
@@ -186,7 +186,7 @@ def test_sabotaged_endpoint__is_noticed(path: str, value: object, rules: str, pa
 def test_room__is_missed_where_it_is_not(path: str, value: str, part: str) -> None:
     documents = load("k8s/base")
     changed(documents, CLUSTER, path, value)
-    loaded = recipe.load(str(ROOT / RECIPES["k8s/base"]))
+    loaded = recipe_file.load(str(ROOT / RECIPES["k8s/base"]))
     assert any(part in problem for problem in reference_rules.room(loaded, documents))
 
 

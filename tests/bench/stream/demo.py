@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import yaml  # noqa: E402
 
-from cluster import recipe, session  # noqa: E402
+from cluster import recipe_file, session  # noqa: E402
 
 
 def main(rows: int) -> dict[str, float]:
@@ -26,7 +26,7 @@ def main(rows: int) -> dict[str, float]:
         folder = Path(name)
         changed = {"output": str(folder / "run"), "stream": content["stream"] | {"batch_rows": rows}}
         with ray_session(folder):
-            measured = Fits(folder).run(recipe.parse(content | changed))
+            measured = Fits(folder).run(recipe_file.parse(content | changed))
         events = [event for events in clocks.read(measured.clocks).values() for event in events]
     first = min(event.at - event.cpu for event in events if event.what == "harvest")
     last = max(event.at for event in events if event.what == "fit")

@@ -14,7 +14,7 @@ import clocks
 import ray
 from watch import Watch
 
-from cluster import corpus, fit, gemma, recipe, session
+from cluster import corpus, fit, gemma, recipe_file, session
 from cluster.calibrate import calibrate
 from cluster.checkpoint import Checkpoints
 from cluster.layout import Layout
@@ -65,7 +65,7 @@ class Fits:
             "sweep": [{"layers": layers, "widths": [4096], **cells}],
             "fit": {"workers": 2, "cpus_per_worker": 0.5, "checkpoint_every_steps": 10_000},
         }  # fmt: skip
-        return recipe.parse(content | {name: content.get(name, {}) | fields for name, fields in sections.items()})
+        return recipe_file.parse(content | {name: content.get(name, {}) | fields for name, fields in sections.items()})
 
     def layout(self, asked: Recipe) -> tuple[Layout, Memory]:
         config = gemma.text_config(asked.model)
