@@ -24,7 +24,7 @@ class Cpu(Kernels):
     def centre(
         self, x_BD: Tensor, y_BD: Tensor, centre_D: Tensor, b_dec_D: Tensor, centred_BD: Tensor, rest_BD: Tensor
     ) -> Tensor:
-        torch.sub(x_BD, centre_D, out=centred_BD)
+        spread(loops.centre_rows, len(x_BD), x_BD, centre_D, centred_BD, centred_BD.dtype == torch.bfloat16)
         n_rows, n_columns = y_BD.shape
         sums_D, squares_D = torch.empty(2, n_columns, dtype=torch.float64)
         spread(loops.centre_columns, n_columns, y_BD, b_dec_D, rest_BD, sums_D, squares_D)

@@ -89,10 +89,12 @@ class Found:
         self.latents[:, :used], self.values[:, :used] = held
 
     def _room(self, room: int) -> tuple[Tensor, Tensor]:
-        """For latents and values of so many pairs of each thread."""
+        """For latents and values of so many pairs of each thread, or as many as a batch before had."""
         n_threads = len(self.ends_T)
-        latents = SCRATCH.get("latents found", n_threads, room, torch.int32)
-        return latents, SCRATCH.get("values found", n_threads, room, self.dtype)
+        latents = SCRATCH.wide("latents found", n_threads, room, torch.int32)
+        values = SCRATCH.wide("values found", n_threads, room, self.dtype)
+        most = min(latents.shape[1], values.shape[1])
+        return latents[:, :most], values[:, :most]
 
 
 def above(pre_BF: Tensor, threshold_F: Tensor) -> tuple[Tensor, Tensor, Tensor]:

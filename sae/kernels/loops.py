@@ -11,6 +11,19 @@ from sae.kernels.compiled import compiled, narrow, part_of, wide
 
 
 @compiled
+def centre_rows(x, middle, out, is_narrow, first, last):
+    """out = x − middle, of bfloat16 if it `is_narrow`."""
+    for row in range(first, last):
+        one, away = x[row], out[row]
+        if is_narrow:
+            for column in range(one.shape[0]):
+                away[column] = narrow(wide(one[column]) - middle[column])
+        else:
+            for column in range(one.shape[0]):
+                away[column] = wide(one[column]) - middle[column]
+
+
+@compiled
 def centre_columns(y, middle, rest, sums, squares, first, last):
     """rest = middle − y, and of each column the sum of that and of its square. sums, squares [D], of float64"""
     total, total_square, mine = np.zeros(last - first), np.zeros(last - first), middle[first:last]

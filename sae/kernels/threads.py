@@ -53,5 +53,11 @@ class Scratch(threading.local):
             self.buffers[name] = held = torch.empty(size, dtype=dtype)
         return held[:size].view(rows, columns)
 
+    def wide(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """As `get`, with all columns that there is room for, at least so many."""
+        self.get(name, rows, columns, dtype)
+        most = len(self.buffers[name]) // rows
+        return self.buffers[name][: rows * most].view(rows, most)
+
 
 SCRATCH = Scratch()
