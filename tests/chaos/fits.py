@@ -20,8 +20,7 @@ from typing import Any
 
 import psutil
 
-from cluster import corpus, fit, gemma
-from cluster import recipe as recipes
+from cluster import corpus, fit, gemma, recipe_file
 from cluster.calibrate import SiteScale, calibrate
 from cluster.checkpoint import Checkpoints
 from cluster.planner import lay_out
@@ -157,4 +156,4 @@ def read(witness: Path) -> Batches:
 
 def parse(content: dict[str, Any], **changes: dict[str, Any]) -> Recipe:
     """A recipe with some fields of its sections changed."""
-    return recipes.parse(content | {section: content[section] | values for section, values in changes.items()})
+    return recipe_file.parse(content | {section: content[section] | values for section, values in changes.items()})

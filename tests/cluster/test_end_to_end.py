@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster import recipe as recipes
+from cluster import recipe_file
 from cluster.calibrate import measure
 from cluster.end_to_end import Loop
 from cluster.gemma import load
@@ -26,7 +26,7 @@ def loop(request, tiny_recipe: dict, tmp_path: Path) -> Loop:
     torch.set_num_threads(1)
     grid = SWEEPS[request.param] | {"activations": ["jumprelu"], "widths": [96], "l0s": [12]}
     more = {"sweep": [grid], "end_to_end": {"tokens": 4096, "learning_rate": 3e-3}}
-    recipe = recipes.parse(tiny_recipe | more | {"model": tiny_recipe["model"] | {"dtype": "float32"}})
+    recipe = recipe_file.parse(tiny_recipe | more | {"model": tiny_recipe["model"] | {"dtype": "float32"}})
     (spec,) = recipe.specs()
     model = load(recipe.model, torch.device("cpu"))
     tokens = torch.randint(4, 200, (16, 32), generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import recipe as recipes
+from cluster import recipe_file
 from cluster.store import FolderStore, S3Store, Store
 from cluster.tokens import ASSISTANT
 from sae import artifact
@@ -34,7 +34,7 @@ def small(tiny_recipe: dict) -> dict:
 
 
 def assert_equals_flat_loop(job: Job, sweep: dict, eligible: np.ndarray | None = None) -> None:
-    known = flat_loop.fit(recipes.parse(sweep), np.load(job.output / "tokens" / "train.npy"), eligible)
+    known = flat_loop.fit(recipe_file.parse(sweep), np.load(job.output / "tokens" / "train.npy"), eligible)
     summary = json.loads((job.output / "summary.json").read_text())
     found = {row["id"]: artifact.read(Path(row["path"]))[0] for row in summary["dictionaries"]}
     assert found.keys() == known.keys()

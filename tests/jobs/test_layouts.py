@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster import recipe as recipes
+from cluster import recipe_file
 from sae import artifact
 from tests import flat_loop
 from tests.published import tensors
@@ -45,7 +45,7 @@ def test_meshes__a_run_that_goes_from_one_to_the_next_ends_with_the_flat_loops_w
         else:
             assert job.wait() == 0, job.text
             assert "resuming at step" in job.text
-    expected = flat_loop.fit(recipes.parse(sweep), np.load(job.output / "tokens" / "train.npy"))
+    expected = flat_loop.fit(recipe_file.parse(sweep), np.load(job.output / "tokens" / "train.npy"))
     summary = json.loads((job.output / "summary.json").read_text())
     differences = []
     for row in summary["dictionaries"]:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
-from cluster import recipe as recipes
+from cluster import recipe_file
 from sae import artifact
 from sae.dictionary import Dictionary
 from tests import flat_loop
@@ -61,7 +61,7 @@ def published(output: Path) -> dict[str, Dictionary]:
 
 
 def assert_equals_flat_loop(sweep: dict, output: Path, known: dict[str, Dictionary]) -> None:
-    recipe = recipes.parse(sweep)
+    recipe = recipe_file.parse(sweep)
     if not known:
         known |= flat_loop.fit(recipe, np.load(output / "tokens" / "train.npy"))
     found = published(output)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from cluster import recipe as recipes
+from cluster import recipe_file
 from sae import artifact
 from tests import flat_loop
 from tests.chaos import fits, table
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.chaos
 MANIFESTS = load("k8s/base")
 SPEC = clusters(MANIFESTS)["RayJob/sweep"]
 PATIENCE = 600  # seconds
-PLACEMENT = recipes.load(str(ROOT / "k8s" / "recipe.yaml"))
+PLACEMENT = recipe_file.load(str(ROOT / "k8s" / "recipe.yaml"))
 
 
 STEPS = 60
@@ -116,7 +116,7 @@ class Ran(NamedTuple):
 
     def differing(self, recipe: dict) -> int:
         """Dictionaries whose weights are not the flat loop's, bit for bit."""
-        expected = flat_loop.fit(recipes.parse(recipe), np.load(self.output / "tokens" / "train.npy"))
+        expected = flat_loop.fit(recipe_file.parse(recipe), np.load(self.output / "tokens" / "train.npy"))
         summary = json.loads((self.output / "summary.json").read_text())
         assert {row["id"] for row in summary["dictionaries"]} == expected.keys()
         pairs = [(expected[row["id"]], artifact.read(Path(row["path"]))[0]) for row in summary["dictionaries"]]
