@@ -40,6 +40,7 @@ def _text(path: str) -> str:
 
 
 def parse(content: dict[str, typing.Any]) -> Recipe:
+    """The recipe of a mapping of keys; UserError as of `load`."""
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:

