@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ Row = dict[str, Any]
 
 
 def row(name: str, value: float, unit: str, comparison: str, target: float) -> Row:
-    """A figure beside its target; `comparison` is <=, >= or =="""
+    """A figure beside its target, said at once, since a table may take an hour; `comparison` is <=, >= or =="""
+    print(f"{time.strftime('%H:%M')}  {name}: {value:,.5g} {unit}", file=sys.stderr, flush=True)
     ok = {"<=": value <= target, ">=": value >= target, "==": value == target}[comparison]
     return {"name": name, "value": value, "unit": unit, "target": f"{comparison} {target:g}", "ok": ok}
 

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 
+from serve.deploy import build
 from serve.router import HOT, LeastBusy
+from serve.settings import Settings
 
 
 def replica(name: str, *held: str) -> SimpleNamespace:
@@ -74,3 +76,11 @@ def test_what_a_replica_had_to_do_is_forgotten_with_it(router: LeastBusy) -> Non
 
 async def _update(router: LeastBusy, replicas: list) -> None:
     router.update_replicas(replicas)
+
+
+def test_the_replicas_of_dictionaries__are_chosen_by_it() -> None:
+    """Without it the figures fall, and nothing else tells."""
+    ingress = build(Settings(catalog="anywhere", insecure_local=True))
+    (replicas,) = ingress._bound_deployment.init_args
+    config = replicas._bound_deployment._deployment_config
+    assert config.request_router_config.get_request_router_class() is LeastBusy
