@@ -43,6 +43,18 @@ def _key(value):
     return lambda value: _ordered(np.float64(value).view(np.int64), np.int64(63), np.int64(0x7FFFFFFFFFFFFFFF))
 
 
+def stored(value, entries):
+    """As the entries of an array are."""
+    raise NotImplementedError
+
+
+@overload(stored, inline="always")
+def _stored(value, entries):
+    if entries.dtype == types.uint16:
+        return lambda value, entries: narrow(value)
+    return lambda value, entries: value
+
+
 @compiled
 def _ordered(bits, last, others):
     """Of the sign and the magnitude that the other bits are."""

@@ -24,7 +24,7 @@ class Cpu(Kernels):
     def centre(
         self, x_BD: Tensor, y_BD: Tensor, centre_D: Tensor, b_dec_D: Tensor, centred_BD: Tensor, rest_BD: Tensor
     ) -> Tensor:
-        spread(loops.centre_rows, len(x_BD), x_BD, centre_D, centred_BD, centred_BD.dtype == torch.bfloat16)
+        spread(loops.centre_rows, len(x_BD), x_BD, centre_D, centred_BD)
         n_rows, n_columns = y_BD.shape
         sums_D, squares_D = torch.empty(2, n_columns, dtype=torch.float64)
         spread(loops.centre_columns, n_columns, y_BD, b_dec_D, rest_BD, sums_D, squares_D)
@@ -65,7 +65,7 @@ class Cpu(Kernels):
         starts, (scale,) = _with_end(entries.starts_G, len(values_P)), _numbers(rest_GD.dtype, [scale])
         spread(
             loops.rebuild, len(rest_GD), starts, torch.arange(len(values_P)), entries.latents_P, values_P.contiguous(),
-            w_FD, rest_GD, scale, grad_GD, grad_GD.dtype != rest_GD.dtype, squares_G,
+            w_FD, rest_GD, scale, grad_GD, squares_G,
         )  # fmt: skip
         return squares_G.sum()
 

@@ -7,20 +7,16 @@ division, NaN stays NaN).
 
 import numpy as np
 
-from sae.kernels.compiled import compiled, narrow, part_of, wide
+from sae.kernels.compiled import compiled, narrow, part_of, stored, wide
 
 
 @compiled
-def centre_rows(x, middle, out, is_narrow, first, last):
-    """out = x − middle, of bfloat16 if it `is_narrow`."""
+def centre_rows(x, middle, out, first, last):
+    """out = x − middle"""
     for row in range(first, last):
         one, away = x[row], out[row]
-        if is_narrow:
-            for column in range(one.shape[0]):
-                away[column] = narrow(wide(one[column]) - middle[column])
-        else:
-            for column in range(one.shape[0]):
-                away[column] = wide(one[column]) - middle[column]
+        for column in range(one.shape[0]):
+            away[column] = stored(wide(one[column]) - middle[column], away)
 
 
 @compiled
@@ -99,9 +95,9 @@ def sum_rows(starts, order, rows, weights, table, out, first, last):
 
 
 @compiled
-def rebuild(starts, order, latents, values, table, rest, scale, grad, is_narrow, squares, first, last):
-    """Adds to each row of `rest` what its pairs give, puts `scale` times that in `grad`, which `is_narrow` if it is of
-    bfloat16, and the sum of its squares in `squares`. [B]"""
+def rebuild(starts, order, latents, values, table, rest, scale, grad, squares, first, last):
+    """Adds to each row of `rest` what its pairs give, puts `scale` times that in `grad`, and the sum of its squares in
+    `squares`. [B]"""
     room = np.empty(longest(starts) + 1, order.dtype)
     for row in range(first, last):
         error, slope, total = rest[row], grad[row], squares.dtype.type(0)
@@ -109,12 +105,8 @@ def rebuild(starts, order, latents, values, table, rest, scale, grad, is_narrow,
         for column in range(error.shape[0]):
             total += error[column] * error[column]
         squares[row] = total
-        if is_narrow:
-            for column in range(error.shape[0]):
-                slope[column] = narrow(scale * error[column])
-        else:
-            for column in range(error.shape[0]):
-                slope[column] = scale * error[column]
+        for column in range(error.shape[0]):
+            slope[column] = stored(scale * error[column], slope)
 
 
 @compiled

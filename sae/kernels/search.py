@@ -105,7 +105,7 @@ def dense_topk(x_BD: Tensor, encoder: Encoder, count: int) -> Tensor:
     for first, part_BC in _parts(x_BD, encoder, None):
         f_BF[:, first : first + part_BC.shape[1]] = part_BC
     keys = torch.empty(0, dtype=KEYS[encoder.bias_F.dtype])
-    spread(loops.leave_largest, len(f_BF), f_BF, encoder.bias_F, keys, count, f_BF.dtype != encoder.bias_F.dtype)
+    spread(loops.leave_largest, len(f_BF), f_BF, encoder.bias_F, keys, count)
     return f_BF
 
 

@@ -7,7 +7,7 @@ found does not depend on their number. NaN is never found.
 import numpy as np
 from numba.cpython.unsafe.numbers import trailing_zeros
 
-from sae.kernels.compiled import compiled, key, narrow, part_of, wide
+from sae.kernels.compiled import compiled, key, part_of, stored, wide
 
 BLOCK = 64  # entries that are compared with one number
 WORD = 8  # marks that are looked at together when few of them are set
@@ -43,10 +43,10 @@ def cut_of(keys, rank):
 
 
 @compiled
-def leave_largest(pre, bias, keys, count, is_narrow, first, last):
+def leave_largest(pre, bias, keys, count, first, last):
     """Adds the bias and leaves of each row the `count` largest that are positive, of those equal to the smallest the
-    first, with 0 in the places of the others. keys: an empty array of the type of theirs. pre [B, F], in bfloat16 if
-    `is_narrow`, bias [F]"""
+    first, with 0 in the places of the others. keys: an empty array of the type of the biases' keys. pre [B, F],
+    bias [F]"""
     mine = np.empty(pre.shape[1], keys.dtype)
     values = mine.view(bias.dtype)
     for row in range(first, last):
@@ -64,12 +64,8 @@ def leave_largest(pre, bias, keys, count, is_narrow, first, last):
             if mine[n] == cut:
                 mine[n] = 0
                 kept -= 1
-        if is_narrow:
-            for n in range(mine.shape[0]):
-                entries[n] = narrow(values[n])
-        else:
-            for n in range(mine.shape[0]):
-                entries[n] = values[n]
+        for n in range(mine.shape[0]):
+            entries[n] = stored(values[n], entries)
 
 
 @compiled
