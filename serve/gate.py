@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from serve import bodies, problems
+from serve.bucket import Bucket
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.problems import Problem
@@ -28,6 +29,7 @@ SCOPES: dict[str, Scope] = {"/metrics": "admin", "/v1/steer": "steer"}
 LOOPBACK = ("127.0.0.1", "::1")
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 LONGEST_TOKEN = 256
+BURST_PER_SECOND = 0.1  # more were a hundredth of all who are let in under overload, and the slowest
 LINGER_SECONDS, LINGER_PAUSE_SECONDS, LINGER_BYTES = 5.0, 0.5, 2**25  # after a refusal, for the rest of the body
 
 Scopes = MutableMapping[str, Any]
@@ -40,7 +42,7 @@ class Gate:
 
     def __init__(self, app: App, tokens: Tokens | None, limits: Limits, metrics: Metrics):
         self.app, self.tokens, self.limits, self.metrics = app, tokens, limits, metrics
-        self.inside = 0
+        self.inside, self.burst = 0, Bucket(limits.burst, BURST_PER_SECOND)
 
     async def __call__(self, scope: Scopes, receive: bodies.Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -65,7 +67,7 @@ class Gate:
         if exchange.path in OPEN:
             return await self.app(exchange.scope, exchange.receive, exchange.send)
         self._admit(exchange)
-        if self.inside >= self.limits.concurrent:
+        if not self._has_room():
             raise Problem(503, "the service is full", self.limits.retry_seconds, bodies.CLOSE)
         self.inside += 1
         self.metrics.inside.set(self.inside)
@@ -76,6 +78,11 @@ class Gate:
         finally:
             self.inside -= 1
             self.metrics.inside.set(self.inside)
+
+    def _has_room(self) -> bool:
+        """A few more are let in now and then, so that callers who come together once are not sent away."""
+        over = self.inside - self.limits.concurrent
+        return over < 0 or (over < self.limits.burst and not self.burst.take())
 
     def _admit(self, exchange: "Exchange") -> None:
         """Problem unless this caller may call this path now."""

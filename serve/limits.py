@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from serve.problems import Problem
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Limits(BaseModel):
-    """Of one ingress replica. A full house holds about `concurrent` × `body_bytes` in bodies."""
+    """Of one ingress replica. A full house holds about (`concurrent` + `burst`) × `body_bytes` in bodies."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,6 +40,8 @@ class Limits(BaseModel):
     concurrent: PositiveInt = 16
     """Requests in the house; the next is refused at once. What is let in takes at most about the time of so many: few
     keep answers fast under overload, many keep callers who come together from being sent away."""
+    burst: NonNegativeInt = 8
+    """Requests more, in the house at once after a pause; six a minute in the long run."""
     answer_seconds: PositiveFloat = Field(30.0)
     """Until a replica has answered."""
     retry_seconds: PositiveInt = 1

