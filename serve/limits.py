@@ -41,7 +41,7 @@ class Limits(BaseModel):
     """Requests in the house; the next is refused at once. What is let in takes at most about the time of so many: few
     keep answers fast under overload, many keep callers who come together from being sent away."""
     burst: NonNegativeInt = 8
-    """Requests more, in the house at once after a pause; six a minute in the long run."""
+    """Requests more than these: so many in the house at once after a pause, six a minute in the long run."""
     answer_seconds: PositiveFloat = Field(30.0)
     """Until a replica has answered."""
     retry_seconds: PositiveInt = 1
