@@ -29,7 +29,8 @@ SCOPES: dict[str, Scope] = {"/metrics": "admin", "/v1/steer": "steer"}
 LOOPBACK = ("127.0.0.1", "::1")
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 LONGEST_TOKEN = 256
-BURST_PER_SECOND = 0.1  # more were a hundredth of all who are let in under overload, and the slowest
+FULL = {"X-Full": "1"}  # tells HAProxy, which keeps it to itself; no other 503 means that (serve/haproxy.sh)
+BURST_PER_SECOND = 0.1  # one a second was a hundredth of all who are let in under overload, and the slowest
 LINGER_SECONDS, LINGER_PAUSE_SECONDS, LINGER_BYTES = 5.0, 0.5, 2**25  # after a refusal, for the rest of the body
 
 Scopes = MutableMapping[str, Any]
@@ -68,7 +69,7 @@ class Gate:
             return await self.app(exchange.scope, exchange.receive, exchange.send)
         self._admit(exchange)
         if not self._has_room():
-            raise Problem(503, "the service is full", self.limits.retry_seconds, bodies.CLOSE)
+            raise Problem(503, "the service is full", self.limits.retry_seconds, bodies.CLOSE | FULL)
         self.inside += 1
         self.metrics.inside.set(self.inside)
         try:

@@ -10,9 +10,9 @@ more="\
     acl too_large req.hdr_val(content-length) gt $SCOPEWORKS_BODY_BYTES\n\
     acl of_no_length req.hdr(transfer-encoding) -m found\n\
     http-request set-bandwidth-limit slowly if too_large || of_no_length\n\
-    http-request set-var(txn.full) bool(true) if { path_beg /v1/ } { date(0,ms),sub(proc.full_until) lt 0 } !too_large !of_no_length\n\
-    http-request use-service lua.full if { var(txn.full) -m found }\n\
-    http-response set-var(proc.full_until) date(3,ms) if { status 503 } !{ var(txn.full) -m found }"
+    http-request use-service lua.full if { path_beg /v1/ } { date(0,ms),sub(proc.full_until) lt 0 } !too_large !of_no_length\n\
+    http-response set-var(proc.full_until) date(3,ms) if { res.hdr(x-full) -m found }\n\
+    http-response del-header x-full"
 for argument; do
   case $argument in
   *.cfg)

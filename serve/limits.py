@@ -38,8 +38,8 @@ class Limits(BaseModel):
     changes: PositiveInt = 32
     """Latents that are changed in one answer."""
     concurrent: PositiveInt = 16
-    """Requests in the house; the next is refused at once. What is let in takes at most about the time of so many: few
-    keep answers fast under overload, many keep callers who come together from being sent away."""
+    """Requests in the house; the next is refused at once, but for `burst`. What is let in takes at most about the time
+    of so many: few keep answers fast under overload, many keep callers who come together from being sent away."""
     burst: NonNegativeInt = 8
     """Requests more than these: so many in the house at once after a pause, six a minute in the long run."""
     answer_seconds: PositiveFloat = Field(30.0)

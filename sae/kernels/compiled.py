@@ -44,7 +44,7 @@ def _key(value):
 
 
 def stored(value, entries):
-    """As the entries of an array are."""
+    """A number as an array's entries hold it: of bfloat16 the bits."""
     raise NotImplementedError
 
 

@@ -248,14 +248,22 @@ def test_full_house__is_told_by_the_proxy_as_by_the_gate(live: Endpoint, setting
         answer = connection.getresponse()
         told = json.loads(answer.read())
         assert told.pop("request_id") == answer.headers["x-request-id"]
-        kept = ("content-type", "retry-after", "x-content-type-options")
+        kept = ("content-type", "retry-after", "x-content-type-options", "x-full")
         return answer.status, [answer.headers[name] for name in kept], sorted(told.items())
+
+    def status(path: str) -> int:
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status
 
     client, rows = live.client(), torch.ones(64, 640)
     before = client.encode(README_NAME, rows)
     (replica,) = live.processes("Dictionaries")
     replica.send_signal(signal.SIGSTOP)
     try:
+        assert status("/readyz") == 503  # which anybody may ask, and which is not a full house
+        assert status("/v1/dictionaries") == 200
         with ThreadPoolExecutor(1) as pool:
             inside = pool.submit(client.encode, README_NAME, rows)
             time.sleep(0.5)
@@ -264,11 +272,11 @@ def test_full_house__is_told_by_the_proxy_as_by_the_gate(live: Endpoint, setting
             assert np.array_equal(inside.result().values, before.values)
     finally:
         replica.send_signal(signal.SIGCONT)
-    assert refused[0][0] == 503
+    assert refused[0][:2] == (503, ["application/problem+json", "1", "nosniff", None])
     assert all(told == refused[0] for told in refused)
     connection.request("GET", "/metrics", headers=headers)
     (by_gate,) = re.findall(
-        r'scopeworks_requests_total\{.*status="503".*\} ([\d.]+)', connection.getresponse().read().decode()
+        r'scopeworks_requests_total\{route="none",status="503"\} ([\d.]+)', connection.getresponse().read().decode()
     )
     assert 5 <= float(by_gate) < 100  # it is asked again after 3 ms, however many have come meanwhile
 
